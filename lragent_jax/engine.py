@@ -1,0 +1,514 @@
+"""The engine: agents, trajectories and one shared cache behind a few calls."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lragent_jax.adapter_registry import AdapterRegistry
+from lragent_jax.executor import Executor, Row
+from lragent_jax.generated_row import GeneratedRow
+from lragent_jax.models.adapter import Adapter, random_adapter
+from lragent_jax.models.adapter_checkpoint import read_adapter
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.errors import InputError
+from lragent_jax.models.folder import read_model
+from lragent_jax.models.llama import random_params
+from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
+from lragent_jax.paged_cache import CacheStats, PagedCache
+from lragent_jax.sampling import SamplingParams, sampling_arrays
+from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode
+from lragent_jax.tokenizer import Tokenizer, load_tokenizer
+from lragent_jax.trajectory import LiveTrajectories, Trajectory
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, what is going on), called from long work."""
+
+Ids = Sequence[int] | np.ndarray
+Prompt = Trajectory | str | Ids
+
+
+class Engine:
+    """One Llama, its adapters, and the caches that they share.
+
+    Made by `from_pretrained` or `from_preset`. All methods may be called from several threads; device work is done
+    by one of them at a time.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        graphdef,
+        params,
+        adapters: Mapping[str, Adapter],
+        *,
+        tokenizer: Tokenizer | None = None,
+        sharing: SharingMode = "base_lr",
+        num_pages: int = 1024,
+        page_size: int | None = None,
+        num_low_rank_pages: int | None = None,
+        max_adapters: int = 0,
+        max_rank: int = 0,
+        prefill_buckets: Sequence[int] | None = None,
+        decode_block: int = 16,
+        implementation: str | None = None,
+    ):
+        """`num_pages` counts base pages of `page_size` tokens (default 64, on TPU 128); low-rank pages default to as
+        many for every A-group (in mode `base`: adapter) that writes them. `max_adapters` and `max_rank` reserve room
+        so that adapters can be loaded later without compiling again. `prefill_buckets` are the chunk lengths that
+        programs exist for, `decode_block` the most tokens per row between two looks of the host.
+        """
+        self.config, self.tokenizer = config, tokenizer
+        self._sharing = Sharing(sharing)
+        self._fixed_low_rank_pages = num_low_rank_pages
+        dtype = jax.tree.leaves(params)[0].dtype
+        registry = AdapterRegistry(config, dtype, adapters, max_adapters=max_adapters, max_rank=max_rank)
+        self._registry = registry
+        page_size = page_size or (128 if jax.default_backend() == "tpu" else 64)
+        self._cache = PagedCache(
+            config,
+            dtype,
+            page_size=page_size,
+            num_pages=num_pages,
+            num_low_rank_pages=num_low_rank_pages or num_pages * self._num_low_rank_owners(),
+            low_rank_ranks={} if self._sharing.merged else registry.low_rank_ranks,
+        )
+        self._executor = Executor(
+            graphdef,
+            params,
+            registry,
+            self._cache,
+            self._sharing,
+            prefill_buckets=_checked_buckets(prefill_buckets or _default_buckets()),
+            table_widths=_table_widths(-(-config.context_length // page_size)),
+            decode_block=decode_block,
+            implementation=implementation,
+        )
+        self._trajectories = LiveTrajectories()
+
+    # Making one.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        adapters: Mapping[str, str | Path | Adapter] | None = None,
+        *,
+        dtype: str = "bfloat16",
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> "Engine":
+        """Loads a model and its agents.
+
+        `model`: a Hugging Face folder (safetensors), a GGUF file, or an Orbax checkpoint of ours. `adapters`: agent
+        name to a PEFT folder or an Orbax one. `options` are those of `Engine`. Raises `CheckpointError`,
+        `ConfigError` or `AdapterError` before anything runs.
+        """
+        config, graphdef, params = read_model(model, _dtype(dtype), progress=progress)
+        loaded = {
+            name: source if isinstance(source, Adapter) else read_adapter(source, config)
+            for name, source in (adapters or {}).items()
+        }
+        return cls(config, graphdef, params, loaded, tokenizer=load_tokenizer(model), **options)
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str,
+        *,
+        agents: Sequence[str] = ("plan", "action", "reflect"),
+        rank: int = 8,
+        targets: Sequence[str] = ("q", "v"),
+        shared_a: bool = True,
+        seed: int = 0,
+        dtype: str = "bfloat16",
+        **options: Any,
+    ) -> "Engine":
+        """Random weights of a well-known shape (`LlamaConfig.preset`) and random adapters, for benchmarks and trials.
+
+        With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
+        """
+        config = LlamaConfig.preset(preset)
+        adapters = {
+            agent: random_adapter(
+                config, rank=rank, targets=targets, seed=seed + i, shared_a_seed=seed if shared_a else None
+            )
+            for i, agent in enumerate(agents)
+        }
+        graphdef, params = random_params(config, _dtype(dtype), seed)
+        return cls(config, graphdef, params, adapters, **options)
+
+    def with_sharing(self, sharing: SharingMode, **options: Any) -> "Engine":
+        """Another engine over the same weights and adapters, with caches of its own; for comparing modes."""
+        options = {"num_pages": self._cache.pools["base"].num_pages, "page_size": self._cache.page_size} | options
+        options.setdefault("prefill_buckets", self._executor.prefill_buckets)
+        options.setdefault("decode_block", self._executor.decode_block)
+        options.setdefault("implementation", self._executor.implementation)
+        adapters = {name: self._registry.adapter(name) for name in self._registry.names}
+        return Engine(
+            self.config, self._executor.graphdef, self._executor.params, adapters,
+            tokenizer=self.tokenizer, sharing=sharing, **options,
+        )  # fmt: skip
+
+    # What it is.
+
+    @property
+    def sharing(self) -> SharingMode:
+        return self._sharing.mode
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return self._registry.names
+
+    @property
+    def dtype(self):
+        return self._cache.dtype
+
+    def cache_stats(self) -> CacheStats:
+        """Pages and bytes of both caches, in use and free."""
+        with self._exclusive():
+            return self._cache.stats()
+
+    # Adapters.
+
+    def load_adapter(self, name: str, source: str | Path | Adapter) -> None:
+        """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow."""
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
+        with self._exclusive():
+            self._registry.add(name, adapter)
+            if not self._sharing.merged:
+                pages = self._cache.pools["base"].num_pages * self._num_low_rank_owners()
+                self._cache.grow_low_rank(self._fixed_low_rank_pages or pages, self._registry.low_rank_ranks)
+
+    def unload_adapter(self, name: str) -> None:
+        """Removes an agent, and every page that no remaining agent can read.
+
+        Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
+        """
+        with self._exclusive(), contextlib.ExitStack() as held:
+            for trajectory in self._trajectories:
+                held.enter_context(trajectory.extending())
+            self._registry.remove(name)
+            in_use = self._keys_in_use()
+            for trajectory in self._trajectories:
+                trajectory.drop(lambda key: key in in_use)
+
+    # Calls.
+
+    def trajectory(self) -> Trajectory:
+        """An empty context that every agent can read and extend."""
+        return Trajectory(
+            self._cache, self._encode, self.config.vocab_size, self.config.context_length, self._trajectories
+        )
+
+    @overload
+    def generate(
+        self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        agent: str | Sequence[str | None] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **sampling: Any,
+    ) -> list[GenerationOutput]: ...
+
+    def generate(self, prompt, agent=None, params=None, **sampling):
+        """Generates with one agent, or with several in one static batch.
+
+        `prompt`: a trajectory, which the generated tokens join; text or token ids, for a context of their own that is
+        gone afterwards; or a list of those. `agent`: a name, None for the base model, or a list of them. `params`: a
+        `SamplingParams` (or one per row), or its fields as keywords. A list returns a list. Raises `InputError`,
+        `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed.
+        """
+        if not _is_batch(prompt):
+            return self._generate([prompt], [agent], [_one_params(params, sampling)])[0]
+        count = len(prompt)
+        rows = params if isinstance(params, list | tuple) else _one_params(params, sampling)
+        return self._generate(
+            list(prompt), _per_row(agent, count, "agent"), _per_row(rows, count, "params")
+        )
+
+    def stream(
+        self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
+    ) -> Iterator[StreamPiece]:
+        """`generate` for one prompt, piece by piece; arguments are checked when the first piece is asked for.
+
+        A caller that stops early keeps in the trajectory what it was given.
+        """
+        one = _one_params(params, sampling)
+        num_shown = 0
+        with self._batch([prompt], [agent], [one]) as batch:
+            generated = batch.generated[0]
+            for _ in self._steps(batch, max_steps=_STREAM_STEPS):
+                text, ids = generated.take_text(), generated.token_ids[num_shown:]
+                num_shown += len(ids)
+                output = batch.outputs()[0] if generated.finish_reason else None
+                if text or ids or output:
+                    yield StreamPiece(text, ids, output)
+
+    def next_token_logits(self, trajectory: Trajectory, agent: str | None = None) -> np.ndarray:
+        """What would come next, f32 [V]. Prefills what this agent lacks; no token joins."""
+        return self._score(trajectory, [], agent).logits[0]
+
+    def score(self, trajectory: Trajectory, token_ids: Ids, agent: str | None = None) -> np.ndarray:
+        """Runs a recorded output as if the agent had generated it; the tokens join the trajectory.
+
+        Returns f32 [T, V]: row i are the logits from which token i would have been sampled.
+        """
+        return self.score_output(trajectory, token_ids, agent).logits
+
+    def score_output(self, trajectory: Trajectory, token_ids: Ids, agent: str | None = None) -> ScoreOutput:
+        """`score`, with the counts and the time to the first row of logits."""
+        ids = trajectory.checked_ids(token_ids)
+        if not ids:
+            raise InputError("there is nothing to score: token_ids is empty")
+        return self._score(trajectory, ids, agent)
+
+    def warmup(self, max_batch_size: int = 1, progress: Progress | None = None) -> None:
+        """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards."""
+        with self._exclusive():
+            self._executor.warmup(max_batch_size, progress)
+
+    # Inside.
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._cache.lock:
+            self._trajectories.release_abandoned()
+            yield
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise InputError("this model came without a tokenizer: give token ids instead of text")
+        return self.tokenizer.encode(text, add_bos=first)
+
+    def _num_low_rank_owners(self) -> int:
+        """How many low-rank pages a token can have, one per owner."""
+        loaded = self._registry.keys
+        return len({key for adapter in loaded if (key := self._sharing.low_rank_key(adapter)) is not None})
+
+    def _keys_in_use(self) -> set[PageKey]:
+        adapters = [BASE_MODEL, *self._registry.keys]
+        low_rank = {self._sharing.low_rank_key(adapter) for adapter in adapters} - {None}
+        return {self._sharing.base_key(adapter) for adapter in adapters} | low_rank
+
+    def _generate(self, prompts: list, agents: list, params: list[SamplingParams]) -> list[GenerationOutput]:
+        if not prompts:
+            return []
+        with self._batch(prompts, agents, params) as batch:
+            for _ in self._steps(batch, max_steps=self._executor.decode_block):
+                pass
+            return batch.outputs()
+
+    @contextlib.contextmanager
+    def _batch(self, prompts: list, agents: list, params: list[SamplingParams]) -> Iterator["_Batch"]:
+        """Checks everything, holds the trajectories for one call, and lets the generated tokens join at its end."""
+        adapters = [self._registry.find(agent) for agent in agents]
+        with contextlib.ExitStack() as stack:
+            trajectories = []
+            for prompt in prompts:
+                if not isinstance(prompt, Trajectory):
+                    prompt = stack.enter_context(self.trajectory()).append(prompt)  # gone after the call
+                trajectories.append(prompt)
+            for trajectory in trajectories:
+                stack.enter_context(trajectory.extending())
+            generated = [self._generated_row(*row) for row in zip(trajectories, params, strict=True)]
+            with self._exclusive():
+                rows = [self._executor.open_row(*row) for row in zip(trajectories, adapters, strict=True)]
+            batch = _Batch(rows, generated, params, started=time.perf_counter())
+            try:
+                yield batch
+            except GeneratorExit:
+                for row in batch.generated:
+                    row.interrupt()
+                raise
+            except BaseException:
+                batch.discard()
+                raise
+            finally:
+                with self._exclusive():
+                    batch.settle()
+
+    def _generated_row(self, trajectory: Trajectory, params: SamplingParams) -> GeneratedRow:
+        room = self._room(trajectory)
+        if not room:
+            raise InputError(f"the trajectory fills the model's context of {self.config.context_length} tokens")
+        if params.stop and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, which this model came without; use stop_token_ids")
+        eos = () if params.ignore_eos else self.config.eos_token_ids
+        return GeneratedRow(
+            params,
+            max_new_tokens=min(params.max_new_tokens, room),
+            stop_ids=frozenset((*params.stop_token_ids, *eos)),
+            decoder=self.tokenizer.stream_decoder() if self.tokenizer else None,
+        )
+
+    def _room(self, trajectory: Trajectory) -> int:
+        if not len(trajectory):
+            raise InputError("the trajectory is empty: append text or token ids before an agent reads it")
+        return self.config.context_length - len(trajectory)
+
+    def _steps(self, batch: "_Batch", max_steps: int) -> Iterator[None]:
+        """Prefills, then decodes until every row has ended; yields after every look at new tokens."""
+        executor, rows = self._executor, batch.rows
+        limits = [generated.max_new_tokens for generated in batch.generated]
+        with self._exclusive():
+            sampling = sampling_arrays(
+                batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows))
+            )
+            # The token sampled last is not run, so it needs no slot.
+            claims = [claim for row, limit in zip(rows, limits, strict=True) for claim in executor.plan(row, limit - 1)]
+            self._cache.reserve(claims)
+            state = executor.first_token(executor.prefill(rows), sampling)
+            table = executor.decode_table(rows)
+            tokens = np.asarray(state.last_tokens)[:, None]
+        batch.ttft_s = time.perf_counter() - batch.started
+        while True:
+            batch.push(tokens)
+            yield
+            if batch.finished:
+                return
+            with self._exclusive():
+                # The host knows more than the device: stop strings.
+                finished = np.asarray([g.finish_reason is not None for g in batch.generated])
+                state = dataclasses.replace(state, finished=np.pad(finished, (0, len(tokens) - len(rows)), constant_values=True))
+                out, state, table = executor.decode(rows, state, sampling, table, max_steps)
+                tokens = np.asarray(out)
+
+    def _score(self, trajectory: Trajectory, ids: list[int], agent: str | None) -> ScoreOutput:
+        executor, started = self._executor, time.perf_counter()
+        with trajectory.extending(), self._exclusive():
+            self._room(trajectory)
+            row = executor.open_row(trajectory, self._registry.find(agent))
+            length = len(trajectory)
+            self._cache.reserve(executor.plan(row, max(len(ids) - 1, 0)))
+            try:
+                logits = [np.asarray(executor.prefill([row]))[:1]]
+                ttft_s = time.perf_counter() - started
+                trajectory.join(ids)
+                if len(ids) > 1:
+                    for chunk in executor.chunks(row, length + len(ids) - 1):
+                        _, hidden = executor.run_chunks([row], [chunk])
+                        logits.append(np.asarray(executor.unembed(hidden))[0, : chunk.num_tokens])
+            except BaseException:
+                trajectory.truncate(length)
+                raise
+            finally:
+                row.release_unused()
+        return ScoreOutput(
+            logits=np.concatenate(logits),
+            num_prefilled_tokens=row.num_prefilled_tokens,
+            num_cached_tokens=length - row.num_prefilled_tokens,
+            ttft_s=ttft_s,
+        )
+
+
+_STREAM_STEPS = 4
+"""Tokens between two pieces: enough to hide the host's work, few enough to look alive."""
+
+
+class _Batch:
+    """The rows of one call of `generate` or `stream`."""
+
+    def __init__(
+        self, rows: list[Row], generated: list[GeneratedRow], params: list[SamplingParams], started: float
+    ):
+        self.rows, self.generated, self.params, self.started = rows, generated, params, started
+        self.ttft_s = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return all(generated.finish_reason for generated in self.generated)
+
+    def push(self, tokens: np.ndarray) -> None:
+        """Hands [B, steps] new tokens to the rows; -1 marks steps that a finished row did not take."""
+        for generated, row_tokens in zip(self.generated, tokens, strict=False):
+            for token in row_tokens[row_tokens >= 0]:
+                generated.push(int(token))
+
+    def discard(self) -> None:
+        """Something went wrong: no token joins."""
+        for generated in self.generated:
+            generated.discard()
+
+    def settle(self) -> None:
+        """Lets the tokens join, and forgets what the device wrote beyond them."""
+        for row, generated in zip(self.rows, self.generated, strict=True):
+            length = len(row.trajectory)
+            row.trajectory.join(generated.token_ids)
+            row.commit(length, length + generated.num_run)
+            row.release_unused()
+
+    def outputs(self) -> list[GenerationOutput]:
+        return [self._output(row, generated) for row, generated in zip(self.rows, self.generated, strict=True)]
+
+    def _output(self, row: Row, generated: GeneratedRow) -> GenerationOutput:
+        assert generated.finish_reason is not None
+        return GenerationOutput(
+            text=generated.text,
+            token_ids=list(generated.token_ids),
+            finish_reason=generated.finish_reason,
+            num_prefilled_tokens=row.num_prefilled_tokens,
+            num_cached_tokens=len(row.trajectory) - row.num_prefilled_tokens,
+            ttft_s=self.ttft_s,
+            latency_s=time.perf_counter() - self.started,
+        )
+
+
+def _is_batch(prompt) -> bool:
+    """A list of prompts, as against one: text, a trajectory, or a flat sequence of ids."""
+    if isinstance(prompt, str | Trajectory | np.ndarray):
+        return False
+    if not isinstance(prompt, list | tuple):
+        raise InputError(f"a prompt is a trajectory, text, token ids, or a list of them, not {type(prompt).__name__}")
+    return not prompt or not all(isinstance(item, int | np.integer) for item in prompt)
+
+
+def _per_row(value, count: int, what: str) -> list:
+    """A value for every row: one for all, or a list of as many."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise InputError(f"{len(value)} values of {what} for {count} prompts")
+    return list(value)
+
+
+def _one_params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
+    if params is not None and sampling:
+        raise InputError(f"give either params or keywords, not both ({', '.join(sampling)})")
+    unknown = set(sampling) - {field.name for field in dataclasses.fields(SamplingParams)}
+    if unknown:
+        raise InputError(f"unknown sampling keywords: {', '.join(sorted(unknown))}")
+    return params or SamplingParams(**sampling)
+
+
+def _dtype(name: str):
+    """The weights' and caches' dtype by name."""
+    if name not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
+    return jnp.dtype(name)
+
+
+def _default_buckets() -> tuple[int, ...]:
+    return (16, 64, 256) if jax.default_backend() == "cpu" else (16, 64, 256, 1024, 4096)
+
+
+def _checked_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
+    if not buckets or any(b < 1 for b in buckets):
+        raise InputError(f"prefill_buckets must be positive chunk lengths, not {buckets!r}")
+    return tuple(sorted(set(buckets)))
+
+
+def _table_widths(widest: int) -> tuple[int, ...]:
+    """A few widths up to the whole context: tables are small, programs are not."""
+    return (*(width for width in (512, 4096) if width < widest), widest)

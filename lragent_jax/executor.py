@@ -1,0 +1,253 @@
+"""Runs static batches: what each row still lacks, then token after token."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lragent_jax import generation
+from lragent_jax.adapter_registry import AdapterRegistry, LoadedAdapter
+from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
+from lragent_jax.generation import NEVER, DecodeState
+from lragent_jax.models.cache_view import PageTable
+from lragent_jax.page_run import HOLE, PageRun
+from lragent_jax.paged_cache import Claim, PagedCache
+from lragent_jax.sampling import SamplingArrays, sampling_arrays
+from lragent_jax.sharing import Sharing
+from lragent_jax.trajectory import Trajectory
+
+
+@dataclasses.dataclass
+class Row:
+    """One trajectory under one adapter, for the length of a call."""
+
+    trajectory: Trajectory
+    adapter: LoadedAdapter
+    base_run: PageRun
+    low_rank_runs: list[PageRun]
+    group_rows: list[int]  # the bank's A-group of each low-rank run
+    reads_low_rank: bool  # whether the first of them is the adapter's own
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+
+    @property
+    def written(self) -> list[PageRun]:
+        return [self.base_run, *self.low_rank_runs]
+
+    @property
+    def required(self) -> list[PageRun]:
+        return self.written[: 2 if self.reads_low_rank else 1]
+
+    @property
+    def num_prefilled_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def release_unused(self) -> None:
+        """Returns the pages that were reserved and not needed."""
+        for run in self.written:
+            run.truncate(len(self.trajectory))
+
+    def commit(self, start: int, stop: int) -> None:
+        for run in self.written:
+            run.commit(start, stop, self.adapter.keys.content)
+
+
+class Executor:
+    """The compiled programs of one engine over its weights, adapters and caches.
+
+    `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
+    them, so their number is bounded and nothing compiles after `warmup`.
+    """
+
+    def __init__(
+        self,
+        graphdef,
+        params,
+        registry: AdapterRegistry,
+        cache: PagedCache,
+        sharing: Sharing,
+        *,
+        prefill_buckets: Sequence[int],
+        table_widths: Sequence[int],
+        decode_block: int,
+        implementation: str | None,
+    ):
+        self.graphdef, self.params = graphdef, params
+        self.registry, self.cache, self.sharing = registry, cache, sharing
+        self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
+        self.decode_block, self.implementation = decode_block, implementation
+
+    def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
+        own = self.sharing.low_rank_key(adapter.keys)
+        keys = self.sharing.written_low_rank_keys(adapter.keys, self.registry.keys)
+        return Row(
+            trajectory=trajectory,
+            adapter=adapter,
+            base_run=trajectory.run(self.sharing.base_key(adapter.keys)),
+            low_rank_runs=[trajectory.run(key) for key in keys],
+            group_rows=[self.registry.group_row(key) for key in keys],
+            reads_low_rank=own is not None,
+        )
+
+    def plan(self, row: Row, num_new_tokens: int) -> list[Claim]:
+        """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens."""
+        length = len(row.trajectory)
+        row.chunks = self.chunks(row, length)
+        claims = [
+            Claim(run, write_from, chunk.stop)
+            for chunk in row.chunks
+            for run, write_from in zip(row.written, chunk.write_from, strict=True)
+        ]
+        return claims + [Claim(run, length, length + num_new_tokens) for run in row.written]
+
+    def chunks(self, row: Row, length: int) -> list[Chunk]:
+        """What brings the row's pages up to `length` tokens."""
+        return plan_chunks(length, row.required, row.written, self.prefill_buckets)
+
+    def batch_size(self, num_rows: int) -> int:
+        """The rows of the program that runs `num_rows`."""
+        return _next_power(num_rows)
+
+    def prefill(self, rows: Sequence[Row]) -> jax.Array:
+        """Runs all rows' chunks; the logits [B, V] behind each row's last token, B padded to a bucket."""
+        rounds = max(len(row.chunks) for row in rows)
+        logits = None
+        for i in range(rounds):
+            # Rows with fewer chunks start later: all of them end in the last round, whose logits are everybody's.
+            chunks = [row.chunks[i - rounds] if len(row.chunks) >= rounds - i else None for row in rows]
+            logits, _ = self.run_chunks(rows, chunks)
+        assert logits is not None
+        return logits
+
+    def run_chunks(self, rows: Sequence[Row], chunks: Sequence[Chunk | None]) -> tuple[jax.Array, jax.Array]:
+        """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states [B, T, D]."""
+        batch = self.batch_size(len(rows))
+        num_tokens = bucket_for(max(chunk.num_tokens for chunk in chunks if chunk), self.prefill_buckets)
+        tokens = np.zeros((batch, num_tokens), np.int32)
+        table = self._table(rows, batch)
+        for b, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
+            if chunk is None:
+                continue
+            tokens[b, : chunk.num_tokens] = row.trajectory.ids_between(chunk.start, chunk.stop)
+            table.q_starts[b], table.kv_lens[b] = chunk.start, chunk.stop
+            table.base_write_from[b] = chunk.write_from[0]
+            table.low_rank_write_from[: len(row.low_rank_runs), b] = chunk.write_from[1:]
+        write_base = any(chunk.write_from[0] < chunk.stop for chunk in chunks if chunk)
+        logits, hidden = self._prefill(tokens, _adapter_ids(rows, batch), table, write_base)
+        for row, chunk in zip(rows, chunks, strict=True):
+            if chunk is not None:
+                row.commit(chunk.start, chunk.stop)
+        return logits, hidden
+
+    def first_token(self, logits: jax.Array, sampling: SamplingArrays) -> DecodeState:
+        return generation.first_token(logits, sampling)
+
+    def decode_table(self, rows: Sequence[Row]) -> PageTable:
+        """The table that decoding starts from: everything is cached but the token sampled last."""
+        table = self._table(rows, self.batch_size(len(rows)))
+        for b, row in enumerate(rows):
+            table.kv_lens[b] = len(row.trajectory)
+            table.base_write_from[b] = 0
+            table.low_rank_write_from[: len(row.low_rank_runs), b] = 0
+        return table
+
+    def decode(
+        self, rows: Sequence[Row], state: DecodeState, sampling: SamplingArrays, table: PageTable, num_steps: int
+    ) -> tuple[jax.Array, DecodeState, PageTable]:
+        """Up to `num_steps` more tokens per row, at most `decode_block`."""
+        out, state, table, self.cache.arrays = generation.decode(
+            self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, sampling,
+            _adapter_ids(rows, len(table.kv_lens)), table, np.int32(num_steps),
+            block=self.decode_block, implementation=self.implementation,
+        )  # fmt: skip
+        return out, state, table
+
+    def _table(self, rows: Sequence[Row], batch: int) -> PageTable:
+        """The rows' pages, with lengths and write-from positions that run and write nothing yet."""
+        width = max((len(run.pages) for row in rows for run in row.written), default=1)
+        width = bucket_for(max(width, 1), self.table_widths)
+        table = _blank_table(batch, width, self._num_low_rank_tables(rows))
+        for b, row in enumerate(rows):
+            table.base[b, : len(row.base_run.pages)] = _indices(row.base_run)
+            for g, run in enumerate(row.low_rank_runs):
+                table.low_rank[g, b, : len(run.pages)] = _indices(run)
+                table.group_ids[g, b] = row.group_rows[g]
+        return table
+
+    def _num_low_rank_tables(self, rows: Sequence[Row]) -> int:
+        """One, or enough for all A-groups: two numbers, so that programs stay few."""
+        if not self.cache.low_rank_ranks:
+            return 0
+        return 1 if all(len(row.low_rank_runs) <= 1 for row in rows) else _next_power(len(self.registry.a_groups))
+
+    def _prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
+        logits, hidden, self.cache.arrays = generation.prefill(
+            self.graphdef, self.params, self.registry.bank, self.cache.arrays, tokens, adapter_ids, table,
+            write_base=write_base or not self.sharing.skips_base, implementation=self.implementation,
+        )  # fmt: skip
+        return logits, hidden
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""
+        return generation.unembed(self.graphdef, self.params, hidden)
+
+    def warmup(self, max_batch_size: int, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Compiles every program that batches of up to `max_batch_size` rows can need, by running it on nothing."""
+        batches = [1 << i for i in range(_next_power(max_batch_size).bit_length())]
+        num_tables = {self._num_low_rank_tables([])}
+        if self.cache.low_rank_ranks and self.sharing.writes_other_groups:
+            num_tables.add(_next_power(len(self.registry.a_groups)))
+        shapes = list(itertools.product(batches, self.table_widths, sorted(num_tables)))
+        write_base = (True, False) if self.sharing.skips_base else (True,)
+        prefills = list(itertools.product(shapes, self.prefill_buckets, write_base))
+        total = len(prefills) + len(shapes) + 1
+        for i, ((batch, width, tables), num_tokens, writes) in enumerate(prefills):
+            if progress:
+                progress(i, total, f"prefill of {batch} x {num_tokens}")
+            table = _blank_table(batch, width, tables)
+            logits, hidden = self._prefill(
+                np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32), table, writes
+            )
+            if batch == 1:
+                self.unembed(hidden)
+        for i, (batch, width, tables) in enumerate(shapes):
+            if progress:
+                progress(len(prefills) + i, total, f"decode of {batch} rows")
+            sampling = sampling_arrays([], [], (), batch)
+            logits = jnp.zeros((batch, self.cache.config.vocab_size), jnp.float32)
+            state = self.first_token(logits, sampling)
+            self.decode([], state, sampling, _blank_table(batch, width, tables), 1)
+        self.cache.warmup()
+        if progress:
+            progress(total, total, "ready")
+
+
+def _next_power(count: int) -> int:
+    """The smallest power of two >= count."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _adapter_ids(rows: Sequence[Row], batch: int) -> np.ndarray:
+    ids = np.zeros(batch, np.int32)
+    ids[: len(rows)] = [row.adapter.bank_row for row in rows]
+    return ids
+
+
+def _indices(run: PageRun) -> list[int]:
+    return [0 if page == HOLE else page for page in run.pages]
+
+
+def _blank_table(batch: int, width: int, num_tables: int) -> PageTable:
+    """Host arrays to fill in; as they are, no row runs or writes anything."""
+    return PageTable(
+        q_starts=np.zeros(batch, np.int32),
+        kv_lens=np.zeros(batch, np.int32),
+        base=np.zeros((batch, width), np.int32),
+        base_write_from=np.full(batch, NEVER, np.int32),
+        low_rank=np.zeros((num_tables, batch, width), np.int32),
+        low_rank_write_from=np.full((num_tables, batch), NEVER, np.int32),
+        group_ids=np.zeros((num_tables, batch), np.int32),
+        read_slots=np.zeros(batch, np.int32),
+    )

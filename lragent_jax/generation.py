@@ -1,0 +1,152 @@
+"""The compiled programs: prefill a chunk, decode several tokens, and little helpers. Pure functions over pytrees.
+
+Caches are donated: a program updates them in place and the caller keeps only what comes back.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lragent_jax.models.adapter_bank import AdapterBank
+from lragent_jax.models.cache_view import BaseCache, LowRankCache, PageTable
+from lragent_jax.models.llama import Llama, Params
+from lragent_jax.models.pytree import pytree
+from lragent_jax.sampling import SamplingArrays, is_stop, sample
+
+NEVER = 2**30
+"""A write-from position beyond every context: the row writes nothing to that table."""
+
+
+@pytree
+class Cache:
+    """Everything a pass reads and writes."""
+
+    base: BaseCache
+    low_rank: LowRankCache
+
+
+@pytree
+class DecodeState:
+    """Where each row stands: the token sampled last (not run yet), how many it has generated, whether it is done."""
+
+    last_tokens: Int[Array, " B"]
+    num_generated: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+
+
+def _exact_matmuls(params: Params):
+    """f32 weights mean f32 products; GPUs and TPUs would round their inputs to tf32 or bf16."""
+    if jax.tree.leaves(params)[0].dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",)
+)
+def prefill(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    bank: AdapterBank,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    adapter_ids: Int[Array, " B"],
+    table: PageTable,
+    *,
+    write_base: bool = True,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B V"], Float[Array, "B T D"], Cache]:
+    """Runs one chunk per row: the logits of each row's last token (f32), all hidden states, and the cache.
+
+    `logits` of `unembed` turns hidden states of other positions into scores; rows without new tokens return
+    numbers that mean nothing.
+    """
+    with _exact_matmuls(params):
+        model: Llama = nnx.merge(graphdef, params)
+        hidden, base, low_rank = model(
+            tokens, adapter_ids, table, bank, cache.base, cache.low_rank,
+            write_base=write_base, implementation=implementation,
+        )  # fmt: skip
+        last = jnp.clip(table.kv_lens - table.q_starts - 1, 0, tokens.shape[1] - 1)
+        logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    return logits, hidden, Cache(base=base, low_rank=low_rank)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits (f32) of hidden states that `prefill` returned."""
+    with _exact_matmuls(params):
+        return nnx.merge(graphdef, params).logits(hidden)
+
+
+@jax.jit
+def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> DecodeState:
+    """Samples what follows a prefill. Rows that may generate nothing are finished from the start."""
+    index = jnp.zeros(logits.shape[0], jnp.int32)
+    tokens = sample(logits, sampling, index)
+    return DecodeState(
+        last_tokens=tokens,
+        num_generated=index + 1,
+        finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= 1),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "block", "implementation"), donate_argnames=("cache",))
+def decode(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    bank: AdapterBank,
+    cache: Cache,
+    state: DecodeState,
+    sampling: SamplingArrays,
+    adapter_ids: Int[Array, " B"],
+    table: PageTable,
+    num_steps: Int[Array, ""],
+    *,
+    block: int,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "B block"], DecodeState, PageTable, Cache]:
+    """Up to `num_steps` (at most `block`) tokens per row without the host: run, sample, compare with the stop ids.
+
+    `table.kv_lens` counts the tokens in the cache, without the one sampled last. Returns the new tokens (-1 where a
+    row was finished), a stop id included as the row's last, and everything the next call goes on from.
+    """
+
+    def step(carry):
+        i, out, state, kv_lens, cache = carry
+        active = ~state.finished
+        new_lens = jnp.where(active, kv_lens + 1, kv_lens)
+        here = dataclasses.replace(table, q_starts=kv_lens, kv_lens=new_lens)
+        hidden, base, low_rank = model(
+            state.last_tokens[:, None], adapter_ids, here, bank, cache.base, cache.low_rank,
+            implementation=implementation,
+        )  # fmt: skip
+        tokens = sample(model.logits(hidden[:, 0]), sampling, state.num_generated)
+        tokens = jnp.where(active, tokens, state.last_tokens)
+        num_generated = state.num_generated + active
+        finished = state.finished | is_stop(tokens, sampling) | (num_generated >= sampling.max_new_tokens)
+        out = out.at[:, i].set(jnp.where(active, tokens, -1))
+        state = DecodeState(last_tokens=tokens, num_generated=num_generated, finished=finished)
+        return i + 1, out, state, new_lens, Cache(base=base, low_rank=low_rank)
+
+    def unfinished(carry):
+        i, _, state, _, _ = carry
+        return (i < num_steps) & ~jnp.all(state.finished)
+
+    with _exact_matmuls(params):
+        model: Llama = nnx.merge(graphdef, params)
+        out = jnp.full((state.last_tokens.shape[0], block), -1, jnp.int32)
+        carry = (jnp.int32(0), out, state, table.kv_lens, cache)
+        _, out, state, kv_lens, cache = jax.lax.while_loop(unfinished, step, carry)
+    return out, state, dataclasses.replace(table, kv_lens=kv_lens), cache
+
+
+@functools.partial(jax.jit, donate_argnames=("pools",))
+def copy_pages(pools, sources: Int[Array, " n"], targets: Int[Array, " n"]):
+    """Copies whole pages inside every pool of a tree; targets out of range are skipped (padding)."""
+    return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), pools)

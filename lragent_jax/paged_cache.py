@@ -1,0 +1,187 @@
+"""The two page pools of an engine: arrays on the device, allocators on the host."""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lragent_jax.generation import Cache, copy_pages
+from lragent_jax.models.cache_view import BaseCache, LowRankCache
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.errors import InputError, OutOfPagesError
+from lragent_jax.page_pool import PagePool
+from lragent_jax.page_run import PageCopy, PageRun
+from lragent_jax.sharing import PageKey
+
+_COPIES_PER_CALL = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStats:
+    """Pages of one pool and the device memory they stand for."""
+
+    pages_used: int
+    pages_free: int
+    bytes_per_page: int
+
+    @property
+    def bytes_used(self) -> int:
+        return self.pages_used * self.bytes_per_page
+
+    @property
+    def bytes_total(self) -> int:
+        return (self.pages_used + self.pages_free) * self.bytes_per_page
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheStats:
+    """Both pools; `page_size` is in tokens."""
+
+    base: PoolStats
+    low_rank: PoolStats
+    page_size: int
+
+    @property
+    def bytes_used(self) -> int:
+        return self.base.bytes_used + self.low_rank.bytes_used
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Tokens [start, stop) that a call is going to write to a run."""
+
+    run: PageRun
+    start: int
+    stop: int
+
+
+class PagedCache:
+    """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
+
+    `low_rank_ranks` gives r for the cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates,
+    releases or runs a program on the arrays holds `lock`.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype,
+        *,
+        page_size: int,
+        num_pages: int,
+        num_low_rank_pages: int,
+        low_rank_ranks: Mapping[str, int],
+    ):
+        if page_size < 8 or page_size % 8:
+            raise InputError(f"page_size must be a positive multiple of 8 tokens, not {page_size}")
+        if num_pages < 1:
+            raise InputError(f"num_pages must be at least 1, not {num_pages}")
+        self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
+        self.low_rank_ranks = dict(low_rank_ranks)
+        self.lock = threading.RLock()
+        num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
+        self.pools = {"base": PagePool(num_pages), "low_rank": PagePool(num_low_rank_pages)}
+        shape = (num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
+        layers = range(config.num_layers)
+        try:
+            self.arrays = Cache(
+                base=BaseCache(kv=tuple(jnp.zeros(shape, self.dtype) for _ in layers)),
+                low_rank=LowRankCache(
+                    v=self._low_rank_pools("v", num_low_rank_pages), k=self._low_rank_pools("k", num_low_rank_pages)
+                ),
+            )
+            jax.block_until_ready(self.arrays)
+        except jax.errors.JaxRuntimeError as error:
+            gigabytes = self.stats().base.bytes_total / 1e9
+            raise OutOfPagesError(
+                f"the device has no room for {num_pages} base pages ({gigabytes:.1f} GB) beside the weights; "
+                f"lower num_pages"
+            ) from error
+
+    def new_run(self, key: PageKey) -> PageRun:
+        return PageRun(self.pools[key.pool], self.page_size)
+
+    def reserve(self, claims: Iterable[Claim]) -> None:
+        """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing."""
+        claims = [claim for claim in claims if claim.stop > claim.start]
+        for name, pool in self.pools.items():
+            needed = _pages_needed(claim for claim in claims if claim.run.pool is pool)
+            if needed > pool.num_free:
+                raise OutOfPagesError(
+                    f"this call needs {needed} more {name} pages of {self.page_size} tokens, {pool.num_free} of "
+                    f"{pool.num_pages} are free: close trajectories, lower max_new_tokens, or build the engine with "
+                    f"a larger {'num_pages' if name == 'base' else 'num_low_rank_pages'}"
+                )
+        copies: dict[str, list[PageCopy]] = {name: [] for name in self.pools}
+        for claim in claims:
+            name = "base" if claim.run.pool is self.pools["base"] else "low_rank"
+            copies[name] += claim.run.prepare(claim.start, claim.stop)
+        self._copy(copies["base"], copies["low_rank"])
+
+    def grow_low_rank(self, num_pages: int, low_rank_ranks: Mapping[str, int]) -> None:
+        """Makes room for more pages or larger ranks; what is cached stays valid.
+
+        The rows of X A that a larger rank adds are zeros for every adapter that was loaded before, as is the whole
+        X A of a target that none of them adapts: padding the pools with zeros is what they would have written.
+        """
+        pool = self.pools["low_rank"]
+        num_pages = max(num_pages, pool.num_pages)
+        ranks = {t: max(low_rank_ranks.get(t, 0), self.low_rank_ranks.get(t, 0)) for t in ("v", "k")}
+        ranks = {target: rank for target, rank in ranks.items() if rank}
+        if ranks == self.low_rank_ranks and num_pages == pool.num_pages:
+            return
+        old, self.low_rank_ranks = self.arrays.low_rank, ranks
+        grown = {}
+        for target in ("v", "k"):
+            layers = getattr(old, target)
+            if layers is None or target not in ranks:
+                grown[target] = self._low_rank_pools(target, num_pages)
+                continue
+            pad = ((0, num_pages - pool.num_pages), (0, ranks[target] - layers[0].shape[1]), (0, 0))
+            grown[target] = tuple(jnp.pad(layer, pad) for layer in layers)
+        self.arrays = dataclasses.replace(self.arrays, low_rank=LowRankCache(**grown))
+        pool.grow(num_pages)
+
+    def warmup(self) -> None:
+        """Compiles the page copies."""
+        self._copy([PageCopy(0, 0)], [PageCopy(0, 0)] if self.low_rank_ranks else [])
+
+    def stats(self) -> CacheStats:
+        itemsize, p = self.dtype.itemsize, self.page_size
+        base_bytes = self.config.base_cache_bytes_per_token(itemsize) * p
+        rank = sum(self.low_rank_ranks.values())
+        low_rank_bytes = self.config.low_rank_cache_bytes_per_token(rank, itemsize) * p
+        base, low_rank = self.pools["base"], self.pools["low_rank"]
+        return CacheStats(
+            base=PoolStats(base.num_used, base.num_free, base_bytes),
+            low_rank=PoolStats(low_rank.num_used, low_rank.num_free, low_rank_bytes),
+            page_size=p,
+        )
+
+    def _low_rank_pools(self, target: str, num_pages: int):
+        if target not in self.low_rank_ranks:
+            return None
+        shape = (num_pages, self.low_rank_ranks[target], self.page_size)
+        return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.config.num_layers))
+
+    def _copy(self, base: list[PageCopy], low_rank: list[PageCopy]) -> None:
+        for name, copies in (("base", base), ("low_rank", low_rank)):
+            for first in range(0, len(copies), _COPIES_PER_CALL):
+                batch = copies[first : first + _COPIES_PER_CALL]
+                sources = np.zeros(_COPIES_PER_CALL, np.int32)
+                targets = np.full(_COPIES_PER_CALL, self.pools[name].num_pages, np.int32)  # out of range: skipped
+                sources[: len(batch)] = [copy.source for copy in batch]
+                targets[: len(batch)] = [copy.target for copy in batch]
+                copied = copy_pages(getattr(self.arrays, name), sources, targets)
+                self.arrays = dataclasses.replace(self.arrays, **{name: copied})
+
+
+def _pages_needed(claims: Iterable[Claim]) -> int:
+    """Distinct pages to take: claims on one run may meet on a page."""
+    needed = set()
+    for claim in claims:
+        needed |= {(id(claim.run), index) for index in claim.run.pages_to_write(claim.start, claim.stop)}
+    return len(needed)

@@ -1,0 +1,157 @@
+"""What one layer writes to the caches and reads from them: arrays and lengths, no allocation, no agents.
+
+Pages are written first and read afterwards, so a prefill chunk and a decode step are the same operation: queries at
+positions [q_start, kv_len) against keys [0, kv_len).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lragent_jax.kernels import lora_attention as attention
+from lragent_jax.models.adapter_bank import LoraPair
+from lragent_jax.models.pytree import pytree
+
+HostOrDevice = jax.Array | np.ndarray
+"""Filled in on the host, used on the device."""
+
+
+@pytree
+class BaseCache:
+    """X W of every token. `kv[layer]` is a pool [P, K, p, 2H]: K (after RoPE) in the first H lanes, V in the last."""
+
+    kv: tuple[Float[Array, "P K p HH"], ...]
+
+
+@pytree
+class LowRankCache:
+    """X A of every token and A-group. Pools [P_lr, r, p] per layer; `k` (before RoPE) only with k_proj adapters."""
+
+    v: tuple[Float[Array, "P r p"], ...] | None
+    k: tuple[Float[Array, "P r p"], ...] | None
+
+
+@pytree
+class PageTable:
+    """Where the rows of one call live, all int32; W pages wide, entries past a row's length are never read.
+
+    `q_starts`, `kv_lens` [B]: the row's new tokens are at positions [q_start, kv_len); more query slots are padding.
+    `base` [B, W], `base_write_from` [B]: pages of the base cache; new tokens from that position on are written.
+    `low_rank` [g, B, W], `low_rank_write_from` [g, B], `group_ids` [g, B]: the same for each of the g low-rank tables
+    that a row may write, and the A-group whose X A goes there. g = 0 where adapters are merged into K and V.
+    `read_slots` [B]: which of the g tables the row's own adapter reads.
+    """
+
+    q_starts: Int[HostOrDevice, " B"]
+    kv_lens: Int[HostOrDevice, " B"]
+    base: Int[HostOrDevice, "B W"]
+    base_write_from: Int[HostOrDevice, " B"]
+    low_rank: Int[HostOrDevice, "g B W"]
+    low_rank_write_from: Int[HostOrDevice, "g B"]
+    group_ids: Int[HostOrDevice, "g B"]
+    read_slots: Int[HostOrDevice, " B"]
+
+    @property
+    def num_low_rank_tables(self) -> int:
+        return self.low_rank.shape[0]
+
+    def positions(self, num_tokens: int) -> Int[Array, "B T"]:
+        """Position of every query slot, padding included."""
+        return self.q_starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+
+    def read_table(self) -> attention.PageTable:
+        """The tables attention reads: the base pages, and the low-rank pages of each row's own A-group."""
+        low_rank = None
+        if self.num_low_rank_tables:
+            rows = jnp.arange(self.read_slots.shape[0])
+            low_rank = self.low_rank[self.read_slots, rows]
+        return attention.PageTable(base=self.base, low_rank=low_rank, q_starts=self.q_starts, kv_lens=self.kv_lens)
+
+
+@pytree
+class LayerCache:
+    """One layer's pools."""
+
+    kv: Float[Array, "P K p HH"]
+    low_rank_v: Float[Array, "P_lr r p"] | None
+    low_rank_k: Float[Array, "P_lr r p"] | None
+
+
+def _token_slots(
+    page_indices: Int[Array, "B W"], write_from: Int[Array, " B"], table: PageTable, num_tokens: int, page_size: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Array]:
+    """(page, slot in it, whether to write) of every query slot."""
+    positions = table.positions(num_tokens)
+    writes = (positions < table.kv_lens[:, None]) & (positions >= write_from[:, None])
+    column = jnp.clip(positions // page_size, 0, page_indices.shape[1] - 1)
+    return jnp.take_along_axis(page_indices, column, axis=1), positions % page_size, writes
+
+
+def write_base(
+    kv: Float[Array, "P K p HH"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], table: PageTable
+) -> Float[Array, "P K p HH"]:
+    """Puts the new tokens' K and V into their slots.
+
+    The pool is scattered into as a matrix of token rows: one leading scattered dimension is what XLA updates in
+    place; two of them around the heads made it transpose, that is copy, the pool.
+    """
+    num_pages, num_kv_heads, page_size, width = kv.shape
+    page, slot, writes = _token_slots(table.base, table.base_write_from, table, k.shape[1], page_size)
+    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
+    rows = (page[..., None] * num_kv_heads + heads) * page_size + slot[..., None]
+    rows = jnp.where(writes[..., None], rows, num_pages * num_kv_heads * page_size)  # out of range: dropped
+    tokens = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
+    flat = kv.reshape(-1, width).at[rows.reshape(-1)].set(tokens.reshape(-1, width), mode="drop")
+    return flat.reshape(kv.shape)
+
+
+def write_low_rank(
+    pool: Float[Array, "P r p"], low_rank: Float[Array, "g B T r"], table: PageTable
+) -> Float[Array, "P r p"]:
+    """Puts the new tokens' X A into the pages of each of the g tables; tokens lie on the pages' last axis."""
+    num_pages, rank, page_size = pool.shape
+    num_tokens = low_rank.shape[2]
+
+    def indices(page_indices, write_from):
+        page, slot, writes = _token_slots(page_indices, write_from, table, num_tokens, page_size)
+        index = (page[..., None] * rank + jnp.arange(rank, dtype=jnp.int32)) * page_size + slot[..., None]
+        return jnp.where(writes[..., None], index, num_pages * rank * page_size)
+
+    index = jax.vmap(indices)(table.low_rank, table.low_rank_write_from)
+    flat = pool.reshape(-1).at[index.reshape(-1)].set(low_rank.astype(pool.dtype).reshape(-1), mode="drop")
+    return flat.reshape(pool.shape)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    cache: LayerCache,
+    pairs: dict[str, LoraPair],
+    table: PageTable,
+    adapter_ids: Int[Array, " B"],
+    inv_freq: Float[np.ndarray, " Hh"],
+    implementation: str | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of the new tokens over everything up to them, each row with its adapter's B for V and K."""
+    if not table.num_low_rank_tables:
+        return attention.lora_attention(
+            q, cache.kv, None, None, table.read_table(), None, implementation=implementation
+        )
+    num_kv_heads, head_dim = cache.kv.shape[1], cache.kv.shape[3] // 2
+
+    def lora_b(target: str, pool) -> Float[Array, "A r K H"] | None:
+        if pool is None:
+            return None
+        b = pairs[target].lora_b
+        return b.reshape(*b.shape[:2], num_kv_heads, head_dim)
+
+    return attention.lora_attention(
+        q,
+        cache.kv,
+        attention.LowRank(v=cache.low_rank_v, k=cache.low_rank_k),
+        attention.LoraB(v=lora_b("v", cache.low_rank_v), k=lora_b("k", cache.low_rank_k)),
+        table.read_table(),
+        adapter_ids,
+        rope_inv_freq=None if cache.low_rank_k is None else jnp.asarray(inv_freq),
+        implementation=implementation,
+    )

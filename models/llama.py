@@ -1,0 +1,221 @@
+"""A Llama that reads and writes a split KV cache: Flax NNX modules, used functionally.
+
+`Llama` is declared once; `abstract_params` (shapes, dtypes, axes) is what random initialisation, every weight reader,
+shardings and checkpoints fill in. Caches, page tables and adapters are pytrees that go in and come out.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lragent_jax.models import cache_view
+from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
+from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.pytree import pytree
+from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
+
+
+@pytree
+class LayerAdapters:
+    """One layer's share of the adapter bank, and which adapter each row of the batch runs."""
+
+    pairs: dict[str, LoraPair]
+    group_of: dict[str, Int[Array, " A"]]
+    adapter_ids: Int[Array, " B"]
+
+    def delta(self, target: str, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"] | float:
+        """What the adapters add to projection `target`; plain 0 where none adapts it."""
+        if target not in self.pairs:
+            return 0.0
+        return lora_delta(x, self.pairs[target], self.group_of[target], self.adapter_ids)
+
+    def low_rank(self, target: str, x: Float[Array, "B T D"], group_ids: Int[Array, "g B"]) -> Float[Array, "g B T r"]:
+        """X A of every A-group a row writes."""
+        lora_a = self.pairs[target].lora_a
+        return jax.vmap(lambda groups: shrink(x, lora_a[groups]))(group_ids)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b). `axes` are the legend's letters of W's two sides, for shardings."""
+
+    def __init__(self, in_width: int, out_width: int, axes: tuple[str, str], dtype, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((in_width, out_width), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_width,), dtype), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"]:
+        y = jnp.einsum("bti,io->bto", x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, normalised in f32."""
+
+    def __init__(self, width: int, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("D",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...] * wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the paged caches."""
+
+    def __init__(self, config: LlamaConfig, dtype):
+        self.config = config
+        shapes, bias = config.projection_shapes(), config.qkv_bias
+        self.q = Linear(*shapes["q"], ("D", "N"), dtype, bias)
+        self.k = Linear(*shapes["k"], ("D", "K"), dtype, bias)
+        self.v = Linear(*shapes["v"], ("D", "K"), dtype, bias)
+        self.o = Linear(*shapes["o"], ("N", "D"), dtype)
+
+    def __call__(
+        self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, inv_freq, *, write_base: bool,
+        implementation: str | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:  # fmt: skip
+        q = rotate(self.heads(self.q(x) + adapters.delta("q", x)), *rope)
+        split = table.num_low_rank_tables > 0
+        kv = cache.kv
+        if write_base:
+            k, v = self.k(x), self.v(x)
+            if not split:  # merged: the adapters are part of what is cached
+                k, v = k + adapters.delta("k", x), v + adapters.delta("v", x)
+            kv = cache_view.write_base(kv, rotate(self.heads(k), *rope), self.heads(v), table)
+        cache = LayerCache(
+            kv=kv,
+            low_rank_v=self.write_low_rank("v", x, cache.low_rank_v, adapters, table),
+            low_rank_k=self.write_low_rank("k", x, cache.low_rank_k, adapters, table),
+        )
+        attended = cache_view.attend(
+            q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
+        ).reshape(*x.shape[:2], -1)
+        return self.o(attended) + adapters.delta("o", attended), cache
+
+    def heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads H"]:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    @staticmethod
+    def write_low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable):
+        if pool is None or not table.num_low_rank_tables:
+            return pool
+        return cache_view.write_low_rank(pool, adapters.low_rank(target, x, table.group_ids), table)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: LlamaConfig, dtype):
+        shapes = config.projection_shapes()
+        self.gate = Linear(*shapes["gate"], ("D", "F"), dtype)
+        self.up = Linear(*shapes["up"], ("D", "F"), dtype)
+        self.down = Linear(*shapes["down"], ("F", "D"), dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T D"]:
+        gate = self.gate(x) + adapters.delta("gate", x)
+        hidden = jax.nn.silu(gate) * (self.up(x) + adapters.delta("up", x))
+        return self.down(hidden) + adapters.delta("down", hidden)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: LlamaConfig, dtype):
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, *args, **kwargs):
+        attended, cache = self.attention(self.attention_norm(x), cache, adapters, *args, **kwargs)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x), adapters), cache
+
+
+class Llama(nnx.Module):
+    """Token ids to hidden states; `logits` turns those it is asked for into scores over the vocabulary."""
+
+    def __init__(self, config: LlamaConfig, dtype):
+        self.config = config
+        self.embed = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype), axes=("V", "D"))
+        # Unrolled, one array per layer and weight: a scan over stacked weights reads them at a third of the speed.
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype)
+        shape = (config.width, config.vocab_size)
+        self.unembed = None if config.tied_embeddings else nnx.Param(jnp.zeros(shape, dtype), axes=("D", "V"))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        adapter_ids: Int[Array, " B"],
+        table: PageTable,
+        bank: AdapterBank,
+        base_cache: BaseCache,
+        low_rank_cache: LowRankCache,
+        *,
+        write_base: bool = True,
+        implementation: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], BaseCache, LowRankCache]:
+        """Runs the tokens at positions [q_start, kv_len) of their rows.
+
+        `write_base=False` skips the base projections of K and V, for tokens whose base pages exist: only low-rank
+        pages are written then. Returns normalised hidden states in the parameters' dtype (those of padding mean
+        nothing) and the caches with the tokens in them.
+        """
+        inv_freq = inverse_frequencies(self.config)
+        rope = rotation(table.positions(tokens.shape[1]), inv_freq)
+        x = self.embed[...][tokens]
+        written = []
+        for i, block in enumerate(self.layers):
+            cache = LayerCache(
+                kv=base_cache.kv[i],
+                low_rank_v=None if low_rank_cache.v is None else low_rank_cache.v[i],
+                low_rank_k=None if low_rank_cache.k is None else low_rank_cache.k[i],
+            )
+            adapters = LayerAdapters(pairs=bank.layers[i], group_of=bank.group_of, adapter_ids=adapter_ids)
+            x, cache = block(
+                x, cache, adapters, table, rope, inv_freq, write_base=write_base, implementation=implementation
+            )
+            written.append(cache)
+        base_cache = BaseCache(kv=tuple(cache.kv for cache in written))
+        low_rank_cache = LowRankCache(
+            v=None if low_rank_cache.v is None else tuple(cache.low_rank_v for cache in written),
+            k=None if low_rank_cache.k is None else tuple(cache.low_rank_k for cache in written),
+        )
+        return self.norm(x), base_cache, low_rank_cache
+
+    def logits(self, hidden: Float[Array, "*positions D"]) -> Float[Array, "*positions V"]:
+        """Scores over the vocabulary, f32."""
+        if self.unembed is None:
+            return jnp.einsum("...d,vd->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, self.unembed[...], preferred_element_type=jnp.float32)
+
+
+Params = nnx.State
+"""A Llama's weights: a pytree of arrays whose paths are the module's attribute names."""
+
+
+def abstract_params(config: LlamaConfig, dtype) -> tuple[nnx.GraphDef, Params]:
+    """The one declaration of the weights: structure, and shape, dtype and axes of each; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, dtype)))
+
+
+def random_params(config: LlamaConfig, dtype, seed: int = 0) -> tuple[nnx.GraphDef, Params]:
+    """Weights drawn on the device: normal with deviation 1/sqrt(input width), norms 1, biases small."""
+    graphdef, abstract = abstract_params(config, dtype)
+    draw = jax.jit(
+        lambda key, index, shape, scale: (jax.random.normal(jax.random.fold_in(key, index), shape) * scale).astype(dtype),
+        static_argnums=(2, 3),
+    )
+    leaves, treedef = jax.tree.flatten(abstract)
+    key = jax.random.key(seed)
+    filled = []
+    for index, leaf in enumerate(leaves):
+        is_norm = len(leaf.shape) == 1 and leaf.shape[0] == config.width
+        scale = 0.02 if len(leaf.shape) == 1 else float(1 / np.sqrt(min(leaf.shape[0], config.mlp_width)))
+        filled.append(jnp.ones(leaf.shape, dtype) if is_norm else draw(key, index, leaf.shape, scale))
+    return graphdef, jax.tree.unflatten(treedef, filled)

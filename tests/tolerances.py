@@ -1,0 +1,24 @@
+"""The one tolerance table of the tests. Loosening a line needs a written reason beside it."""
+
+import numpy as np
+
+# The largest |got - want| / (1 + |want|) that passes, by what is compared and in which dtype it was computed.
+TOLERANCES = {
+    # An implementation of an operation against its f32 oracle on the same (rounded) inputs.
+    ("attention", "float32"): 2e-5,
+    ("attention", "bfloat16"): 2e-2,  # outputs keep 8 bits of mantissa
+    ("attention", "float16"): 4e-3,  # 11 bits
+    # A whole model's logits against transformers + PEFT.
+    ("parity", "float32"): 1e-4,
+    # Two ways through our own model that are equal on paper.
+    ("equal", "float32"): 1e-5,
+}
+
+
+def assert_close(got, want, what: str, dtype: str = "float32") -> None:
+    """Fails where `got` differs from `want` by more than the table allows; NaN never passes."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"shapes differ: {got.shape} and {want.shape}"
+    error = np.abs(got - want) / (1 + np.abs(want))
+    worst = float(error.max()) if error.size else 0.0
+    assert worst <= TOLERANCES[what, dtype], f"{what} ({dtype}): off by {worst:.2e}"

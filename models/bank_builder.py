@@ -95,7 +95,7 @@ def _check_room(adapters, used_groups: int, num_adapters: int, num_groups: int, 
         problems.append(f"{len(adapters)} adapters in a bank for {num_adapters - 1}: unload one, or raise max_adapters")
     if used_groups > num_groups:
         problems.append(
-            f"{used_groups} A-groups in a bank for {num_groups}: stack the adapters into one, or raise max_a_groups"
+            f"{used_groups} A-groups in a bank for {num_groups}: stack the adapters into one, or raise max_adapters"
         )
     for adapter in adapters:
         for target in adapter.targets:

@@ -117,7 +117,7 @@ def test_weights_are_rounded_once_and_stay_on_the_given_device():
 def test_what_has_no_room_is_refused():
     with pytest.raises(AdapterError, match="2 adapters in a bank for 1: unload one, or raise max_adapters"):
         build_bank(CONFIG, [adapter(1, "v"), adapter(2, "v")], "float32", num_adapters=2)
-    with pytest.raises(AdapterError, match=r"2 A-groups in a bank for 1: stack the adapters .* or raise max_a_groups"):
+    with pytest.raises(AdapterError, match=r"2 A-groups in a bank for 1: stack the adapters .* or raise max_adapters"):
         build_bank(CONFIG, [adapter(1, "v"), adapter(2, "v")], "float32", num_groups=1)
     with pytest.raises(AdapterError) as caught:
         build_bank(CONFIG, [adapter(1, "q", "v", rank=9), adapter(2, "o")], "float32", ranks={"q": 9, "v": 8})

@@ -350,7 +350,7 @@ class Engine:
             params,
             max_new_tokens=min(params.max_new_tokens, room),
             stop_ids=frozenset((*params.stop_token_ids, *eos)),
-            decoder=self.tokenizer.stream_decoder() if self.tokenizer else None,
+            decoder=self.tokenizer.stream_decoder(trajectory.token_ids) if self.tokenizer else None,
         )
 
     def _room(self, trajectory: Trajectory) -> int:

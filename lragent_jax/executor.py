@@ -176,6 +176,10 @@ class Executor:
                 table.group_ids[g, b] = row.group_rows[g]
         return table
 
+    def blank_table(self, batch: int) -> PageTable:
+        """A table under which nothing runs, as wide as short contexts need."""
+        return _blank_table(batch, self.table_widths[0], self._num_low_rank_tables([]))
+
     def _num_low_rank_tables(self, rows: Sequence[Row]) -> int:
         """One, or enough for all A-groups: two numbers, so that programs stay few."""
         if not self.cache.low_rank_ranks:

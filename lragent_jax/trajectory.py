@@ -32,6 +32,9 @@ class LiveTrajectories:
         self._live.add(trajectory)
         return weakref.finalize(trajectory, self._abandoned.append, runs)
 
+    def discard(self, trajectory: "Trajectory") -> None:
+        self._live.discard(trajectory)
+
     def release_abandoned(self) -> None:
         while self._abandoned:
             for run in self._abandoned.popleft().values():
@@ -115,6 +118,7 @@ class Trajectory:
             return
         with self.extending():
             self._closed = True
+            self._live.discard(self)
             self._finalizer.detach()
             self.drop(lambda key: False)
 

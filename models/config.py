@@ -91,7 +91,7 @@ PRESETS = {
     # Small enough for a test, large enough to have every part: GQA, more than one layer, odd group size.
     "tiny": LlamaConfig(
         num_layers=2, width=48, mlp_width=96, num_heads=6, num_kv_heads=2, head_dim=8, vocab_size=128,
-        context_length=512,
+        context_length=2048,
     ),
     "smollm2-135m": LlamaConfig(
         num_layers=30, width=576, mlp_width=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab_size=49_152,

@@ -1,0 +1,34 @@
+"""Tiny engines that share weights and compiled programs, so that a test costs what it tests."""
+
+import functools
+
+from lragent_jax.engine import Engine
+from lragent_jax.models.adapter import Adapter, random_adapter
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.llama import random_params
+
+CONFIG = LlamaConfig.preset("tiny")
+
+# Buckets and pages small enough that a context of forty tokens meets every kind of border.
+OPTIONS = {"num_pages": 48, "num_low_rank_pages": 144, "page_size": 8, "prefill_buckets": (8, 32), "decode_block": 4}
+
+
+@functools.cache
+def weights():
+    return random_params(CONFIG, "float32", seed=1)
+
+
+@functools.cache
+def agents(targets: tuple[str, ...] = ("q", "k", "v"), scale: float = 0.3) -> dict[str, Adapter]:
+    """Three agents in two A-groups: plan and action share their A, reflect has its own."""
+    seeds = {"plan": (1, 100), "action": (2, 100), "reflect": (3, 200)}
+    return {
+        name: random_adapter(CONFIG, rank=4, targets=targets, seed=seed, shared_a_seed=a_seed, scale=scale)
+        for name, (seed, a_seed) in seeds.items()
+    }
+
+
+def tiny_engine(sharing: str, adapters: dict[str, Adapter] | None = None, **options) -> Engine:
+    graphdef, params = weights()
+    adapters = agents() if adapters is None else adapters
+    return Engine(CONFIG, graphdef, params, adapters, sharing=sharing, **{**OPTIONS, **options})

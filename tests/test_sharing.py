@@ -1,0 +1,260 @@
+"""The sharing modes: what is run, what is read, what it costs, and that the numbers are those of the design."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_oracle import Context, DenseOracle, host_params
+from engines import CONFIG, OPTIONS, agents, tiny_engine, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+
+from lragent_jax.models.adapter import LoraWeights, random_adapter, stack_adapters
+from lragent_jax.models.adapter_bank import TARGETS
+from lragent_jax.models.errors import OutOfPagesError
+from lragent_jax.page_run import Span
+from lragent_jax.sharing import SHARING_MODES
+
+GROUPS = {"plan": "a", "action": "a", "reflect": "b"}
+QUESTION = [(7 * i + 3) % 128 for i in range(37)]
+SPLIT_MODES = ("base", "base_lr", "pre_lr")
+
+# A small tour: who extends the context, and with what. Lengths cross pages (8) and chunks (8, 32).
+TOUR = [("plan", [5, 9, 2, 77, 31]), ("action", [1, 2, 3]), ("reflect", [90] * 9), ("plan", [4]), (None, [8, 8])]
+
+
+def walk(engine, tour=TOUR) -> list[np.ndarray]:
+    """Logits of every recorded output of the tour, observations between them."""
+    rows = []
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        for agent, ids in tour:
+            rows.append(engine.score(trajectory, ids, agent))
+            trajectory.append([11, 12, 13])
+    return rows
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), TARGETS], ids=["qv", "all seven"])
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_an_agent_alone_sees_the_same_in_every_mode(mode, targets):
+    alone = [("reflect", ids) for _, ids in TOUR]
+    got = walk(tiny_engine(mode, agents(targets)), alone)
+    want = walk(tiny_engine("none", agents(targets)), alone)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, "equal")
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_adapters_that_add_nothing_share_for_free(mode):
+    silent = {
+        name: dataclasses.replace(
+            adapter, weights={at: LoraWeights(w.lora_a, 0 * w.lora_b) for at, w in adapter.weights.items()}
+        )
+        for name, adapter in agents().items()
+    }
+    for a, b in zip(walk(tiny_engine(mode, silent)), walk(tiny_engine("none", silent)), strict=True):
+        assert_close(a, b, "equal")
+
+
+def test_modes_differ_where_agents_do():
+    """The equalities above would hold, too, for modes that are all `none`."""
+    walks = {mode: np.concatenate(walk(tiny_engine(mode))) for mode in SHARING_MODES}
+    for mode in SHARING_MODES[1:]:
+        assert np.abs(walks[mode] - walks["none"]).max() > 1e-3, mode
+
+
+def test_stacked_adapters_turn_base_lr_into_pre_lr():
+    names = list(agents())
+    apart = [
+        random_adapter(CONFIG, rank=4, targets=("q", "k", "v"), seed=i, scale=0.3) for i in range(len(names))
+    ]
+    stacked = dict(zip(names, stack_adapters(apart), strict=True))
+    got = walk(tiny_engine("base_lr", stacked))
+    want = walk(tiny_engine("pre_lr", dict(zip(names, apart, strict=True))))
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, "equal")
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_prefilled_tokens_are_those_the_mode_says(mode):
+    engine = tiny_engine(mode)
+    groups = GROUPS if mode in ("base_lr", "pre_lr") else {name: name for name in GROUPS}
+    read: dict[str | None, int] = {}  # by whom the mode tells readers apart: how much of the context it has run
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        for agent, ids in [item for item in TOUR if item[0]]:
+            who = {"none": agent, "base": agent, "base_lr": groups[agent]}.get(mode)
+            out = engine.score_output(trajectory, ids, agent)
+            length = len(trajectory) - len(ids)
+            assert out.num_prefilled_tokens == length - read.get(who, 0)
+            assert out.num_cached_tokens == read.get(who, 0)
+            read[who] = len(trajectory) - 1  # the token sampled last has not been run
+            trajectory.append([11, 12, 13])
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_bytes_are_those_of_the_formula(mode):
+    engine = tiny_engine(mode)
+    page, itemsize, tokens = OPTIONS["page_size"], 4, 64
+    base = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * itemsize
+    low_rank = 2 * CONFIG.num_layers * 4 * itemsize  # r = 4 on k and v
+    with engine.trajectory() as trajectory:
+        trajectory.append([i % 128 for i in range(tokens)])
+        for agent in GROUPS:
+            engine.next_token_logits(trajectory, agent)
+        stats = engine.cache_stats()
+    bases = {"none": 3}.get(mode, 1)
+    low_ranks = {"base": 3, "base_lr": 2, "pre_lr": 2}.get(mode, 0)
+    assert stats.base.bytes_used == bases * tokens * base
+    assert stats.low_rank.bytes_used == low_ranks * tokens * low_rank
+    assert stats.bytes_used == (bases * base + low_ranks * low_rank) * tokens
+    assert stats.base.bytes_total == OPTIONS["num_pages"] * page * base
+    pools = jax.tree.leaves(engine._cache.arrays.base)
+    assert sum(pool.nbytes for pool in pools) == stats.base.bytes_total
+    assert engine.cache_stats().bytes_used == 0
+
+
+def test_a_catch_up_in_base_changes_no_base_page():
+    engine = tiny_engine("base")
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        before = jax.tree.map(np.asarray, engine._cache.arrays.base)
+        low_rank_before = np.asarray(engine._cache.arrays.low_rank.v[0])
+        engine.next_token_logits(trajectory, "action")
+        after = jax.tree.map(np.asarray, engine._cache.arrays.base)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        assert not np.array_equal(low_rank_before, np.asarray(engine._cache.arrays.low_rank.v[0]))
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_nothing_unwritten_is_ever_read(mode):
+    clean, poisoned = tiny_engine(mode), tiny_engine(mode)
+    poisoned._cache.arrays = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), poisoned._cache.arrays)
+    for a, b in zip(walk(poisoned), walk(clean), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_content_under_two_names_is_one_reader():
+    twins = {"plan": agents()["plan"], "planner": dataclasses.replace(agents()["plan"], source="elsewhere")}
+    engine = tiny_engine("none", twins)
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        assert engine.score_output(trajectory, [1], "planner").num_prefilled_tokens == 1
+
+
+def test_writers_are_recorded():
+    engine = tiny_engine("base_lr")
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.score(trajectory, [1, 2, 3], "plan")
+        engine.score(trajectory, [4, 5], None)
+        plan = agents()["plan"].content_hash
+        assert trajectory.writers == [Span(0, 39, plan), Span(39, 41, None)]
+
+
+def test_an_adapter_loaded_late_runs_only_what_its_group_lacks():
+    engine = tiny_engine("pre_lr", {"plan": agents()["plan"]}, max_adapters=3)
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        engine.load_adapter("reflect", agents()["reflect"])
+        engine.load_adapter("action", agents()["action"])
+        trajectory.append([1, 2, 3, 4])
+        assert engine.score_output(trajectory, [1, 2], "plan").num_prefilled_tokens == 4  # for every group
+        late = engine.score_output(trajectory, [1], "reflect")
+        assert late.num_prefilled_tokens == len(QUESTION) + 1  # what was there before it, and the last token
+        assert engine.score_output(trajectory, [1], "action").num_prefilled_tokens == 1  # plan's A-group
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_unloading_frees_what_nobody_else_reads(mode):
+    engine = tiny_engine(mode)
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        for agent in ("plan", "reflect"):
+            engine.next_token_logits(trajectory, agent)
+        before = engine.cache_stats()
+        engine.unload_adapter("reflect")
+        stats, pages = engine.cache_stats(), -(-len(QUESTION) // 8)
+        assert before.base.pages_used - stats.base.pages_used == (pages if mode == "none" else 0)
+        assert before.low_rank.pages_used - stats.low_rank.pages_used == (pages if mode in SPLIT_MODES else 0)
+        engine.load_adapter("reflect", agents()["reflect"])
+        again = engine.next_token_logits(trajectory, "reflect")
+    engine.unload_adapter("reflect")
+    with engine.trajectory() as fresh:  # in pre_lr plan would write for reflect if that were loaded
+        fresh.append(QUESTION)
+        engine.next_token_logits(fresh, "plan")
+        engine.load_adapter("reflect", agents()["reflect"])
+        assert_close(again, engine.next_token_logits(fresh, "reflect"), "equal")
+
+
+AGENT = st.sampled_from(["plan", "action", "reflect", None])
+STEP = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 20)),
+    st.tuples(st.just("score"), AGENT, st.integers(1, 9)),
+    st.tuples(st.just("generate"), AGENT, st.integers(1, 6)),
+    st.tuples(st.just("fork"), st.integers(0, 3)),
+    st.tuples(st.just("switch"), st.integers(0, 3)),
+    st.tuples(st.just("rollback"), st.integers(0, 12)),
+    st.tuples(st.just("close"), st.integers(0, 3)),
+)
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
+    """Append, run, fork, roll back and close at random, in a pool that is sometimes too small."""
+    engine = tiny_engine(mode, num_pages=24, num_low_rank_pages=40)
+    oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode)
+    steps = data.draw(st.lists(STEP, max_size=14))
+    trajectories = [engine.trajectory().append(QUESTION[:11])]
+    contexts = [Context(QUESTION[:11])]
+    at = 0
+    for number, (name, *arguments) in enumerate(steps):
+        trajectory, context = trajectories[at], contexts[at]
+        if name == "append":
+            ids = [(13 * number + i) % 128 for i in range(arguments[0])]
+            trajectory.append(ids)
+            context.ids += ids
+        elif name in ("score", "generate") and context.ids:
+            agent, count = arguments
+            try:
+                if name == "score":
+                    ids = [(5 * number + 3 * i) % 128 for i in range(count)]
+                    got = engine.score_output(trajectory, ids, agent)
+                else:
+                    got = engine.generate(trajectory, agent, max_new_tokens=count, ignore_eos=True)
+                    ids = got.token_ids
+            except OutOfPagesError:
+                assert trajectory.token_ids == context.ids
+                continue
+            want, num_prefilled = oracle.output(context, ids, agent)
+            assert got.num_prefilled_tokens == num_prefilled
+            if name == "score":
+                assert_close(got.logits, want, "oracle")
+            else:
+                chosen = np.take_along_axis(want, np.array(ids)[:, None], 1)[:, 0]
+                assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
+        elif name == "fork":
+            trajectories.append(trajectory.fork())
+            contexts.append(context.fork())
+        elif name == "switch":
+            at = arguments[0] % len(trajectories)
+        elif name == "rollback":
+            count = min(arguments[0], len(context.ids))
+            trajectory.rollback(count)
+            context.rollback(len(context.ids) - count)
+        elif name == "close" and len(trajectories) > 1:
+            trajectories.pop(at).close()
+            contexts.pop(at)
+            at = arguments[0] % len(trajectories)
+        assert trajectories[at].token_ids == contexts[at].ids
+    for trajectory in trajectories:
+        trajectory.close()
+    assert engine.cache_stats().bytes_used == 0

@@ -1,0 +1,42 @@
+"""Tensor parallelism as data: which weight is cut along which axis of a mesh."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.errors import ConfigError
+from lragent_jax.models.llama import Params
+from lragent_jax.models.problems import listing
+
+SHARDED = {"N": "num_heads", "K": "num_kv_heads", "F": "mlp_width", "V": "vocab_size"}
+"""Letters of the legend that are cut, and how many parts each has; width and everything else is on every device.
+
+q, k, v, gate and up are cut along their output, o and down along their input, so a layer needs one all-reduce after
+o and one after down (Megatron-LM, arXiv 1909.08053)."""
+
+
+def param_shardings(config: LlamaConfig, abstract: Params, mesh: Mesh, axis: str = "model") -> Any:
+    """A `NamedSharding` per weight, in a tree shaped like the parameters, for tensor parallelism along `axis`.
+
+    `abstract` is that of `abstract_params` (its `axes` decide). The mesh must be made of Auto axes, as
+    `jax.make_mesh(..., axis_types=(AxisType.Auto,))` does. Raises `ConfigError` that lists everything the axis does
+    not divide, and `ValueError` for a mesh that does not fit.
+    """
+    if axis not in mesh.axis_names:
+        raise ValueError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))} and none called {axis!r}")
+    if any(axis_type != AxisType.Auto for axis_type in mesh.axis_types):
+        raise ValueError("the mesh must have Auto axes: make it with axis_types=(jax.sharding.AxisType.Auto,) per axis")
+    parts = mesh.shape[axis]
+    sizes = {field: getattr(config, field) for field in SHARDED.values()}
+    if problems := [f"{field} = {size}" for field, size in sizes.items() if size % parts]:
+        raise ConfigError(listing(f"{parts} devices along {axis!r} do not divide these; use fewer devices:", problems))
+    shardings = {
+        path: NamedSharding(mesh, PartitionSpec(*(axis if letter in SHARDED else None for letter in variable.axes)))
+        for path, variable in nnx.to_flat_state(abstract)
+    }
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
+    leaves = [shardings[tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))] for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)

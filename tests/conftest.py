@@ -1,5 +1,15 @@
-"""Annotations are executed in every test: a wrong shape or dtype at a module boundary fails where it happens."""
+"""Shape annotations are executed in every test: a wrong shape or dtype at a module boundary fails where it happens."""
 
+import hypothesis
 from jaxtyping import install_import_hook
 
-install_import_hook("lragent_jax", "beartype.beartype")
+# The modules that pass arrays on; the rest answer a caller's wrong types with errors of their own.
+install_import_hook(
+    ["lragent_jax.kernels", "lragent_jax.models", "lragent_jax.generation", "lragent_jax.sampling"], "beartype.beartype"
+)
+
+# The same examples in every run, so that a failure is the change's doing; `--hypothesis-profile=search` looks for new
+# ones. No deadline: the first example of a shape compiles.
+hypothesis.settings.register_profile("repeatable", deadline=None, database=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, database=None, print_blob=True, max_examples=1000)
+hypothesis.settings.load_profile("repeatable")

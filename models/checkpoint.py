@@ -114,10 +114,12 @@ def _checkpointer() -> ocp.Checkpointer:
 def _check_stored(checkpointer: ocp.Checkpointer, folder: Path, abstract: Params) -> None:
     """Compares what Orbax says it holds with the declaration, before anything big is read."""
     try:
-        tree = checkpointer.metadata(folder / _PARAMS_FOLDER).item_metadata.tree
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        metadata = checkpointer.metadata(folder / _PARAMS_FOLDER).item_metadata
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / _PARAMS_FOLDER} is missing or damaged: {error}") from error
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    if metadata is None:
+        raise CheckpointError(f"{folder / _PARAMS_FOLDER} is missing or damaged: Orbax finds no arrays there")
+    paths = jax.tree_util.tree_flatten_with_path(metadata.tree)[0]
     stored = {".".join(str(key.key) for key in path): leaf for path, leaf in paths}
     if problems := _differences(stored, _flat(abstract), MANIFEST_FILE):
         raise CheckpointError(listing(f"the parameters in {folder} do not agree with its {MANIFEST_FILE}:", problems))

@@ -341,6 +341,22 @@ def test_how_each_name_splits(pre):
     assert pieces == PIECES[pre]
 
 
+def test_gguf_of_qwen2_splits_as_transformers_does(tmp_path):
+    """A folder with vocab.json and merges.txt instead of tokenizer.json is left to transformers' own class."""
+    backend = byte_level()
+    stored = json.loads(backend.to_str())["model"]
+    (tmp_path / "config.json").write_text(json.dumps(config_json("qwen2")))
+    (tmp_path / "vocab.json").write_text(json.dumps(stored["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in stored["merges"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    theirs = load(tmp_path)
+    (tmp_path / "gguf").mkdir()
+    ours = load(byte_level_gguf(tmp_path / "gguf", "qwen2", backend))
+    for text in [*TEXTS, *CORPUS]:
+        assert ours.encode(text, add_bos=True) == theirs.encode(text, add_bos=True)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+
+
 def test_llama3_takes_whole_words_and_a_bos(tmp_path):
     """A word that is a token is taken although no merge leads to it."""
     backend = byte_level()

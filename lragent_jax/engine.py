@@ -14,6 +14,7 @@ import numpy as np
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.executor import Executor, Row
 from lragent_jax.generated_row import GeneratedRow
+from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
@@ -22,7 +23,8 @@ from lragent_jax.models.folder import read_model
 from lragent_jax.models.llama import random_params
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
-from lragent_jax.sampling import SamplingParams, sampling_arrays
+from lragent_jax.sampling import sampling_arrays
+from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.trajectory import LiveTrajectories, Trajectory
@@ -64,6 +66,8 @@ class Engine:
         so that adapters can be loaded later without compiling again. `prefill_buckets` are the chunk lengths that
         programs exist for, `decode_block` the most tokens per row between two looks of the host.
         """
+        _check_positive(num_pages=num_pages, num_low_rank_pages=num_low_rank_pages, decode_block=decode_block)
+        _check_implementation(implementation)
         self.config, self.tokenizer = config, tokenizer
         self._sharing = Sharing(sharing)
         self._fixed_low_rank_pages = num_low_rank_pages
@@ -501,6 +505,18 @@ def _dtype(name: str):
 
 def _default_buckets() -> tuple[int, ...]:
     return (16, 64, 256) if jax.default_backend() == "cpu" else (16, 64, 256, 1024, 4096)
+
+
+def _check_positive(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _check_implementation(name: str | None) -> None:
+    known = [implementation.name for implementation in IMPLEMENTATIONS]
+    if name is not None and name not in known:
+        raise InputError(f"unknown attention implementation {name!r}; there are: {', '.join(known)}")
 
 
 def _checked_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

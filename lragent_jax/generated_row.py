@@ -1,7 +1,7 @@
 """What one row has generated so far: where it stops, and what of its text may be shown."""
 
 from lragent_jax.outputs import FinishReason
-from lragent_jax.sampling import SamplingParams
+from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.tokenizer import StreamDecoder
 
 

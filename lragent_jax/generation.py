@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.models.adapter_bank import AdapterBank
-from lragent_jax.models.cache_view import BaseCache, LowRankCache, PageTable
+from lragent_jax.models.cache_view import BaseCache, HostOrDevice, LowRankCache, PageTable
 from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
 from lragent_jax.sampling import SamplingArrays, is_stop, sample
@@ -36,7 +36,7 @@ class DecodeState:
 
     last_tokens: Int[Array, " B"]
     num_generated: Int[Array, " B"]
-    finished: Bool[Array, " B"]
+    finished: Bool[HostOrDevice, " B"]  # the host ends rows, too: at stop strings
 
 
 def _exact_matmuls(params: Params):

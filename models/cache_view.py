@@ -28,8 +28,8 @@ class BaseCache:
 class LowRankCache:
     """X A of every token and A-group. Pools [P_lr, r, p] per layer; `k` (before RoPE) only with k_proj adapters."""
 
-    v: tuple[Float[Array, "P r p"], ...] | None
-    k: tuple[Float[Array, "P r p"], ...] | None
+    v: tuple[Float[Array, "P r_v p"], ...] | None
+    k: tuple[Float[Array, "P r_k p"], ...] | None
 
 
 @pytree
@@ -74,8 +74,8 @@ class LayerCache:
     """One layer's pools."""
 
     kv: Float[Array, "P K p HH"]
-    low_rank_v: Float[Array, "P_lr r p"] | None
-    low_rank_k: Float[Array, "P_lr r p"] | None
+    low_rank_v: Float[Array, "P_lr r_v p"] | None
+    low_rank_k: Float[Array, "P_lr r_k p"] | None
 
 
 def _token_slots(

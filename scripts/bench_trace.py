@@ -25,7 +25,8 @@ from rich.table import Table
 from lragent_jax import generation
 from lragent_jax.engine import Engine
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.sampling import SamplingParams, sampling_arrays
+from lragent_jax.sampling import sampling_arrays
+from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import SHARING_MODES
 
 

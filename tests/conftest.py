@@ -1,7 +1,17 @@
 """Shape annotations are executed in every test: a wrong shape or dtype at a module boundary fails where it happens."""
 
+import importlib.metadata
+import os
+
 import hypothesis
 from jaxtyping import install_import_hook
+
+# Tests compile hundreds of tiny programs and run each a few times: on a CPU most of their time is LLVM's optimiser.
+if "XLA_FLAGS" not in os.environ:
+    flags = ["--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jax").startswith("0.10."):  # later versions do not know it, and would exit
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 # The modules that pass arrays on; the rest answer a caller's wrong types with errors of their own.
 install_import_hook(

@@ -2,10 +2,18 @@
 
 import functools
 
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.processors
+import transformers
+
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import random_params
+from lragent_jax.tokenizer import Tokenizer
 
 CONFIG = LlamaConfig.preset("tiny")
 
@@ -32,3 +40,19 @@ def tiny_engine(sharing: str, adapters: dict[str, Adapter] | None = None, **opti
     graphdef, params = weights()
     adapters = agents() if adapters is None else adapters
     return Engine(CONFIG, graphdef, params, adapters, sharing=sharing, **{**OPTIONS, **options})
+
+
+BOS = 1
+
+
+@functools.cache
+def ascii_tokenizer() -> Tokenizer:
+    """One id per ASCII character, its code; BOS in front of a first piece."""
+    vocab = {chr(i): i for i in range(128)} | {"<s>": BOS}
+    del vocab[chr(BOS)]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))

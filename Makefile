@@ -69,7 +69,7 @@ clean:  ## remove caches and build outputs; the environments stay (rm -r .venv*)
 
 # An environment that works is kept, whoever made it. Debian's python3 has venv but, without python3-venv, no
 # ensurepip: then the machine's own pip puts pip into the environment.
-$(CREATED): $(if $(wildcard $(BIN)/python),,FORCE)
+$(CREATED): $(if $(realpath $(BIN)/python),,FORCE)
 	@in_range='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
 	works() { "$$1" -c "$$in_range" 2>/dev/null; }; \
 	if works $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1; then touch $@; exit; fi; \

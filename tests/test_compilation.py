@@ -1,0 +1,72 @@
+"""What is compiled, and when: nothing after warm-up, and no program that copies a page pool."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engines import agents, ascii_tokenizer, tiny_engine
+
+from lragent_jax import generation
+from lragent_jax.compile_watch import CompileWatch
+from lragent_jax.models.adapter import random_adapter
+from lragent_jax.sampling import sampling_arrays
+
+QUESTION = [(7 * i + 3) % 128 for i in range(45)]
+
+
+@pytest.mark.parametrize("mode", ["none", "base", "pre_lr"])
+def test_nothing_compiles_after_warmup(mode):
+    # A size that no other test uses, or their programs would hide what warm-up forgot.
+    engine = tiny_engine(mode, tokenizer=ascii_tokenizer(), num_pages=57, num_low_rank_pages=99, max_adapters=4)
+    steps = []
+    engine.warmup(max_batch_size=2, progress=lambda done, total, what: steps.append((done, total)))
+    assert steps[0][0] == 0
+    assert steps[-1][0] == steps[-1][1]
+    with CompileWatch() as watch:
+        trajectory = engine.trajectory().append(QUESTION)
+        engine.generate(trajectory, "plan", max_new_tokens=9)
+        engine.score(trajectory.append("more"), QUESTION[:11], "reflect")
+        fork = trajectory.fork()
+        engine.generate([trajectory, fork], ["action", None], max_new_tokens=6, temperature=0.7, top_p=0.9)
+        fork.rollback(13)
+        engine.next_token_logits(fork, "action")
+        engine.generate(fork, None, max_new_tokens=3, stop=["e", "t"])
+        list(engine.stream("hello", "plan", max_new_tokens=7))
+        critic = random_adapter(engine.config, rank=4, targets=("q", "k", "v"), seed=8, shared_a_seed=100)
+        engine.load_adapter("critic", critic)
+        engine.generate(fork, "critic", max_new_tokens=3)
+        engine.unload_adapter("critic")
+        engine.generate(fork, "plan", max_new_tokens=3)
+    assert watch.num_programs == 0
+
+
+def test_the_watch_sees_a_compilation():
+    with CompileWatch() as watch:
+        jax.jit(lambda x: x * 3 + 1)(np.ones(13))
+    assert watch.num_programs > 0
+
+
+@pytest.mark.parametrize("mode", ["none", "pre_lr"])
+def test_no_program_copies_a_page_pool(mode):
+    engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667)
+    executor, cache = engine._executor, engine._cache.arrays
+    common = (executor.graphdef, executor.params, executor.registry.bank, cache)
+    table, ids = executor.blank_table(batch=1), np.zeros(1, np.int32)
+    sampling = sampling_arrays([], [], (), 1)
+    state = generation.first_token(jnp.zeros((1, engine.config.vocab_size)), sampling)
+    pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}
+    programs = {
+        "prefill": generation.prefill.lower(*common, np.zeros((1, 8), np.int32), ids, table),
+        "decode": generation.decode.lower(*common, state, sampling, ids, table, np.int32(4), block=4),
+    }
+    for name, lowered in programs.items():
+        compiled = lowered.compile()
+        text = compiled.as_text()
+        assert text is not None
+        assert any(f"[{shape}]" in text for shape in pools), "the program holds no pool at all"
+        copies = [shape for shape in pools if re.search(rf"\[{shape}\]\S* (copy|copy-start|transpose)\(", text)]
+        assert not copies, f"{name} copies {copies}"
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        assert temporaries < min(pool.nbytes for pool in jax.tree.leaves(cache.base)) * engine.config.num_layers

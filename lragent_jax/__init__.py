@@ -1,0 +1,75 @@
+"""Several LoRA agents over one Llama, one shared KV cache: LRAgent in JAX.
+
+Names are imported when they are first used, so that `import lragent_jax` and the kernels below it stay light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lragent_jax.engine import Engine
+    from lragent_jax.models.config import LlamaConfig
+    from lragent_jax.models.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        LRAgentError,
+        OutOfPagesError,
+        TrajectoryBusyError,
+        TrajectoryClosedError,
+    )
+    from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
+    from lragent_jax.sampling_params import SamplingParams
+    from lragent_jax.trajectory import Trajectory
+
+_HOMES = {
+    "AdapterError": "models.errors",
+    "CheckpointError": "models.errors",
+    "ConfigError": "models.errors",
+    "Engine": "engine",
+    "GenerationOutput": "outputs",
+    "InputError": "models.errors",
+    "LRAgentError": "models.errors",
+    "LlamaConfig": "models.config",
+    "OutOfPagesError": "models.errors",
+    "SamplingParams": "sampling_params",
+    "ScoreOutput": "outputs",
+    "StreamPiece": "outputs",
+    "Trajectory": "trajectory",
+    "TrajectoryBusyError": "models.errors",
+    "TrajectoryClosedError": "models.errors",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "GenerationOutput",
+    "InputError",
+    "LRAgentError",
+    "LlamaConfig",
+    "OutOfPagesError",
+    "SamplingParams",
+    "ScoreOutput",
+    "StreamPiece",
+    "Trajectory",
+    "TrajectoryBusyError",
+    "TrajectoryClosedError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

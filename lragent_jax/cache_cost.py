@@ -1,0 +1,24 @@
+"""What a token of a shared trajectory costs in cache memory."""
+
+from collections.abc import Sequence
+
+from lragent_jax.models.adapter import Adapter
+from lragent_jax.models.adapter_bank import CACHED_TARGETS
+from lragent_jax.models.bank_builder import bank_ranks
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.sharing import BASE_MODEL, AdapterKeys, Sharing, SharingMode
+
+
+def cache_bytes_per_token(config: LlamaConfig, adapters: Sequence[Adapter], sharing: SharingMode, itemsize: int) -> int:
+    """Bytes of base and low-rank cache for a token that all the adapters have read; without any, the base model.
+
+    `itemsize` is that of the cache's dtype. Ranks count as they lie in memory: padded to the largest of each target.
+    """
+    rules = Sharing(sharing)
+    readers = [AdapterKeys(adapter.content_hash, adapter.a_group_hash) for adapter in adapters] or [BASE_MODEL]
+    base = {rules.base_key(reader) for reader in readers}
+    low_rank = {key for reader in readers for key in rules.written_low_rank_keys(reader, readers)}
+    rank = sum(rank for target, rank in bank_ranks(adapters).items() if target in CACHED_TARGETS)
+    return len(base) * config.base_cache_bytes_per_token(itemsize) + len(
+        low_rank
+    ) * config.low_rank_cache_bytes_per_token(rank, itemsize)

@@ -1,0 +1,60 @@
+"""Options that several commands take."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lragent_jax.sharing import SHARING_MODES, SharingMode
+
+Model = Annotated[
+    Path, typer.Option(help="A Hugging Face folder, a GGUF file, or an Orbax checkpoint of ours.", show_default=False)
+]
+OptionalModel = Annotated[
+    Path | None, typer.Option("--model", help="The model that the adapters belong to.", show_default=False)
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option("--adapter", metavar="NAME=FOLDER", help="An agent and its PEFT or Orbax folder; repeatable."),
+]
+Dtype = Annotated[str, typer.Option(help="Of weights and caches: bfloat16, float16 or float32.")]
+NumPages = Annotated[
+    int | None, typer.Option(help="Pages of the base cache; by default as many as the run needs.", show_default=False)
+]
+PageSize = Annotated[int | None, typer.Option(help="Tokens per page (default 64, on TPU 128).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")]
+
+
+def name_path_pairs(pairs: Sequence[str], option: str) -> dict[str, Path]:
+    """`NAME=FOLDER` arguments by name; a usage error for anything else, or a name that comes twice."""
+    return {name: Path(value) for name, value in _pairs(pairs, option, "NAME=FOLDER", empty_allowed=False).items()}
+
+
+def role_agents(pairs: Sequence[str]) -> dict[str, str | None]:
+    """`ROLE=AGENT` arguments by role; an empty agent is the base model."""
+    return {role: agent or None for role, agent in _pairs(pairs, "--role", "ROLE=AGENT", empty_allowed=True).items()}
+
+
+def sharing_modes(text: str) -> list[SharingMode]:
+    """Comma-separated modes, each once; a usage error for an unknown one."""
+    return list(dict.fromkeys(sharing_mode(name.strip(), "--modes") for name in text.split(",")))
+
+
+def sharing_mode(name: str, option: str = "--sharing") -> SharingMode:
+    for mode in SHARING_MODES:
+        if name == mode:
+            return mode
+    raise typer.BadParameter(f"unknown sharing mode {name!r}; there are: {', '.join(SHARING_MODES)}", param_hint=option)
+
+
+def _pairs(pairs: Sequence[str], option: str, form: str, empty_allowed: bool) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals or not (value or empty_allowed):
+            raise typer.BadParameter(f"{pair!r} is not of the form {form}", param_hint=option)
+        if name in parsed:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
+        parsed[name] = value
+    return parsed

@@ -1,0 +1,30 @@
+"""Compiled programs on disk, so that a second start does not compile again."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def enable(folder: str | os.PathLike | None = None) -> Path | None:
+    """Switches JAX's persistent compilation cache on, and returns the folder it uses.
+
+    `folder` defaults to `lragent_jax/xla` in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache). A cache that was
+    configured already, be it by $JAX_COMPILATION_CACHE_DIR, stays as it is. Returns None, and changes nothing, where
+    the folder cannot be made. Call it before anything is compiled.
+    """
+    if configured := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return Path(configured)
+    folder = Path(folder) if folder is not None else default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
+def default_folder() -> Path:
+    """Where programs are kept unless the user says otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lragent_jax" / "xla"

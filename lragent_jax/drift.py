@@ -1,0 +1,39 @@
+"""How far next-token distributions have moved."""
+
+import numpy as np
+from jaxtyping import Float
+
+_ROWS = 32  # positions at a time: a vocabulary in float64 is a megabyte
+
+
+class Drift:
+    """Compares logits with those of a reference, position by position, in float64 on the host."""
+
+    def __init__(self):
+        self.num_positions = 0
+        self._num_agreeing = 0
+        self._kl = 0.0
+
+    def add(self, reference: Float[np.ndarray, "T V"], logits: Float[np.ndarray, "T V"]) -> None:
+        """T more positions."""
+        for start in range(0, len(reference), _ROWS):
+            p = _log_softmax(reference[start : start + _ROWS])
+            q = _log_softmax(logits[start : start + _ROWS])
+            self._kl += float(np.sum(np.exp(p) * (p - q)))
+            self._num_agreeing += int(np.sum(p.argmax(axis=-1) == q.argmax(axis=-1)))
+        self.num_positions += len(reference)
+
+    @property
+    def top1_agreement(self) -> float:
+        """The share of positions where both find the same token likeliest."""
+        return self._num_agreeing / self.num_positions
+
+    @property
+    def kl(self) -> float:
+        """KL(reference || other) in nats, the mean over positions."""
+        return self._kl / self.num_positions
+
+
+def _log_softmax(logits: Float[np.ndarray, "T V"]) -> Float[np.ndarray, "T V"]:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lragent_jax.adapter_registry import AdapterRegistry
-from lragent_jax.executor import Executor, Row
+from lragent_jax.batch import Batch
+from lragent_jax.executor import Executor
 from lragent_jax.generated_row import GeneratedRow
-from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError
-from lragent_jax.models.folder import read_model
+from lragent_jax.models.errors import InputError, LRAgentError
+from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
+from lragent_jax.options import EngineOptions
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
 from lragent_jax.sampling import sampling_arrays
@@ -51,48 +52,35 @@ class Engine:
         adapters: Mapping[str, Adapter],
         *,
         tokenizer: Tokenizer | None = None,
-        sharing: SharingMode = "base_lr",
-        num_pages: int = 1024,
-        page_size: int | None = None,
-        num_low_rank_pages: int | None = None,
-        max_adapters: int = 0,
-        max_rank: int = 0,
-        prefill_buckets: Sequence[int] | None = None,
-        decode_block: int = 16,
-        implementation: str | None = None,
+        **options: Any,
     ):
-        """`num_pages` counts base pages of `page_size` tokens (default 64, on TPU 128); low-rank pages default to as
-        many for every A-group (in mode `base`: adapter) that writes them. `max_adapters` and `max_rank` reserve room
-        so that adapters can be loaded later without compiling again. `prefill_buckets` are the chunk lengths that
-        programs exist for, `decode_block` the most tokens per row between two looks of the host.
-        """
-        _check_positive(num_pages=num_pages, num_low_rank_pages=num_low_rank_pages, decode_block=decode_block)
-        _check_implementation(implementation)
-        self.config, self.tokenizer = config, tokenizer
-        self._sharing = Sharing(sharing)
-        self._fixed_low_rank_pages = num_low_rank_pages
+        """`options` are the fields of `EngineOptions`."""
+        self.config, self.tokenizer, self.options = config, tokenizer, _options(options)
+        self._sharing = Sharing(self.options.sharing)
         dtype = jax.tree.leaves(params)[0].dtype
-        registry = AdapterRegistry(config, dtype, adapters, max_adapters=max_adapters, max_rank=max_rank)
-        self._registry = registry
-        page_size = page_size or (128 if jax.default_backend() == "tpu" else 64)
+        self._registry = AdapterRegistry(
+            config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank
+        )
+        page_size = self.options.page_size
+        assert page_size is not None
         self._cache = PagedCache(
             config,
             dtype,
             page_size=page_size,
-            num_pages=num_pages,
-            num_low_rank_pages=num_low_rank_pages or num_pages * self._num_low_rank_owners(),
-            low_rank_ranks={} if self._sharing.merged else registry.low_rank_ranks,
+            num_pages=self.options.num_pages,
+            num_low_rank_pages=self._num_low_rank_pages(),
+            low_rank_ranks={} if self._sharing.merged else self._registry.low_rank_ranks,
         )
         self._executor = Executor(
             graphdef,
             params,
-            registry,
+            self._registry,
             self._cache,
             self._sharing,
-            prefill_buckets=_checked_buckets(prefill_buckets or _default_buckets()),
+            prefill_buckets=self.options.prefill_buckets or (),
             table_widths=_table_widths(-(-config.context_length // page_size)),
-            decode_block=decode_block,
-            implementation=implementation,
+            decode_block=self.options.decode_block,
+            implementation=self.options.implementation,
         )
         self._trajectories = LiveTrajectories()
 
@@ -111,15 +99,19 @@ class Engine:
         """Loads a model and its agents.
 
         `model`: a Hugging Face folder (safetensors), a GGUF file, or an Orbax checkpoint of ours. `adapters`: agent
-        name to a PEFT folder or an Orbax one. `options` are those of `Engine`. Raises `CheckpointError`,
-        `ConfigError` or `AdapterError` before anything runs.
+        name to a PEFT folder or an Orbax one. `options` are the fields of `EngineOptions`. Raises `CheckpointError`,
+        `ConfigError`, `AdapterError` or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
-        config, graphdef, params = read_model(model, _dtype(dtype), progress=progress)
+        wanted, _ = _dtype(dtype), _options(options)
+        config, tokenizer = read_config(model), load_tokenizer(model)
         loaded = {
             name: source if isinstance(source, Adapter) else read_adapter(source, config)
             for name, source in (adapters or {}).items()
         }
-        return cls(config, graphdef, params, loaded, tokenizer=load_tokenizer(model), **options)
+        for adapter in loaded.values():
+            adapter.check_fits(config)
+        config, graphdef, params = read_model(model, wanted, progress=progress)
+        return cls(config, graphdef, params, loaded, tokenizer=tokenizer, **options)
 
     @classmethod
     def from_preset(
@@ -138,6 +130,7 @@ class Engine:
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
+        wanted, _ = _dtype(dtype), _options(options)
         config = LlamaConfig.preset(preset)
         adapters = {
             agent: random_adapter(
@@ -145,20 +138,20 @@ class Engine:
             )
             for i, agent in enumerate(agents)
         }
-        graphdef, params = random_params(config, _dtype(dtype), seed)
+        graphdef, params = random_params(config, wanted, seed)
         return cls(config, graphdef, params, adapters, **options)
 
     def with_sharing(self, sharing: SharingMode, **options: Any) -> "Engine":
-        """Another engine over the same weights and adapters, with caches of its own; for comparing modes."""
-        options = {"num_pages": self._cache.pools["base"].num_pages, "page_size": self._cache.page_size} | options
-        options.setdefault("prefill_buckets", self._executor.prefill_buckets)
-        options.setdefault("decode_block", self._executor.decode_block)
-        options.setdefault("implementation", self._executor.implementation)
+        """Another engine over the same weights and adapters, with caches of its own; for comparing modes.
+
+        It has this one's options but for those given; its low-rank pool is sized anew.
+        """
+        options = vars(self.options) | {"num_low_rank_pages": None} | options | {"sharing": sharing}
         adapters = {name: self._registry.adapter(name) for name in self._registry.names}
+        executor = self._executor
         return Engine(
-            self.config, self._executor.graphdef, self._executor.params, adapters,
-            tokenizer=self.tokenizer, sharing=sharing, **options,
-        )  # fmt: skip
+            self.config, executor.graphdef, executor.params, adapters, tokenizer=self.tokenizer, **options
+        )
 
     # What it is.
 
@@ -188,8 +181,7 @@ class Engine:
         with self._exclusive():
             self._registry.add(name, adapter)
             if not self._sharing.merged:
-                pages = self._cache.pools["base"].num_pages * self._num_low_rank_owners()
-                self._cache.grow_low_rank(self._fixed_low_rank_pages or pages, self._registry.low_rank_ranks)
+                self._cache.grow_low_rank(self._num_low_rank_pages(), self._registry.low_rank_ranks)
 
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
@@ -289,6 +281,9 @@ class Engine:
     def _exclusive(self) -> Iterator[None]:
         with self._cache.lock:
             self._trajectories.release_abandoned()
+            if self._cache.recover():  # token ids survive: whoever reads a trajectory next runs it again
+                for trajectory in self._trajectories:
+                    trajectory.drop(lambda key: False)
             yield
 
     def _encode(self, text: str, first: bool) -> list[int]:
@@ -296,10 +291,11 @@ class Engine:
             raise InputError("this model came without a tokenizer: give token ids instead of text")
         return self.tokenizer.encode(text, add_bos=first)
 
-    def _num_low_rank_owners(self) -> int:
-        """How many low-rank pages a token can have, one per owner."""
+    def _num_low_rank_pages(self) -> int:
+        """As the options say, or one for every base page and owner of low-rank pages."""
         loaded = self._registry.keys
-        return len({key for adapter in loaded if (key := self._sharing.low_rank_key(adapter)) is not None})
+        owners = {key for adapter in loaded if (key := self._sharing.low_rank_key(adapter)) is not None}
+        return self.options.num_low_rank_pages or self.options.num_pages * len(owners)
 
     def _keys_in_use(self) -> set[PageKey]:
         adapters = [BASE_MODEL, *self._registry.keys]
@@ -315,7 +311,7 @@ class Engine:
             return batch.outputs()
 
     @contextlib.contextmanager
-    def _batch(self, prompts: list, agents: list, params: list[SamplingParams]) -> Iterator["_Batch"]:
+    def _batch(self, prompts: list, agents: list, params: list[SamplingParams]) -> Iterator[Batch]:
         """Checks everything, holds the trajectories for one call, and lets the generated tokens join at its end."""
         adapters = [self._registry.find(agent) for agent in agents]
         with contextlib.ExitStack() as stack:
@@ -329,7 +325,7 @@ class Engine:
             generated = [self._generated_row(*row) for row in zip(trajectories, params, strict=True)]
             with self._exclusive():
                 rows = [self._executor.open_row(*row) for row in zip(trajectories, adapters, strict=True)]
-            batch = _Batch(rows, generated, params, started=time.perf_counter())
+            batch = Batch(rows, generated, params, started=time.perf_counter())
             try:
                 yield batch
             except GeneratorExit:
@@ -362,7 +358,7 @@ class Engine:
             raise InputError("the trajectory is empty: append text or token ids before an agent reads it")
         return self.config.context_length - len(trajectory)
 
-    def _steps(self, batch: "_Batch", max_steps: int) -> Iterator[None]:
+    def _steps(self, batch: Batch, max_steps: int) -> Iterator[None]:
         """Prefills, then decodes until every row has ended; yields after every look at new tokens."""
         executor, rows = self._executor, batch.rows
         limits = [generated.max_new_tokens for generated in batch.generated]
@@ -374,7 +370,7 @@ class Engine:
             claims = [claim for row, limit in zip(rows, limits, strict=True) for claim in executor.plan(row, limit - 1)]
             self._cache.reserve(claims)
             state = executor.first_token(executor.prefill(rows), sampling)
-            table = executor.decode_table(rows)
+            table, num_losses = executor.decode_table(rows), self._cache.num_losses
             tokens = np.asarray(state.last_tokens)[:, None]
         batch.ttft_s = time.perf_counter() - batch.started
         while True:
@@ -383,9 +379,10 @@ class Engine:
             if batch.finished:
                 return
             with self._exclusive():
+                if self._cache.num_losses != num_losses:
+                    raise LRAgentError("another call was interrupted and the cache is gone: call again")
                 # The host knows more than the device: stop strings.
-                finished = np.asarray([g.finish_reason is not None for g in batch.generated])
-                state = dataclasses.replace(state, finished=np.pad(finished, (0, len(tokens) - len(rows)), constant_values=True))
+                state = dataclasses.replace(state, finished=batch.finished_rows(len(tokens)))
                 out, state, table = executor.decode(rows, state, sampling, table, max_steps)
                 tokens = np.asarray(out)
 
@@ -421,54 +418,6 @@ _STREAM_STEPS = 4
 """Tokens between two pieces: enough to hide the host's work, few enough to look alive."""
 
 
-class _Batch:
-    """The rows of one call of `generate` or `stream`."""
-
-    def __init__(
-        self, rows: list[Row], generated: list[GeneratedRow], params: list[SamplingParams], started: float
-    ):
-        self.rows, self.generated, self.params, self.started = rows, generated, params, started
-        self.ttft_s = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return all(generated.finish_reason for generated in self.generated)
-
-    def push(self, tokens: np.ndarray) -> None:
-        """Hands [B, steps] new tokens to the rows; -1 marks steps that a finished row did not take."""
-        for generated, row_tokens in zip(self.generated, tokens, strict=False):
-            for token in row_tokens[row_tokens >= 0]:
-                generated.push(int(token))
-
-    def discard(self) -> None:
-        """Something went wrong: no token joins."""
-        for generated in self.generated:
-            generated.discard()
-
-    def settle(self) -> None:
-        """Lets the tokens join, and forgets what the device wrote beyond them."""
-        for row, generated in zip(self.rows, self.generated, strict=True):
-            length = len(row.trajectory)
-            row.trajectory.join(generated.token_ids)
-            row.commit(length, length + generated.num_run)
-            row.release_unused()
-
-    def outputs(self) -> list[GenerationOutput]:
-        return [self._output(row, generated) for row, generated in zip(self.rows, self.generated, strict=True)]
-
-    def _output(self, row: Row, generated: GeneratedRow) -> GenerationOutput:
-        assert generated.finish_reason is not None
-        return GenerationOutput(
-            text=generated.text,
-            token_ids=list(generated.token_ids),
-            finish_reason=generated.finish_reason,
-            num_prefilled_tokens=row.num_prefilled_tokens,
-            num_cached_tokens=len(row.trajectory) - row.num_prefilled_tokens,
-            ttft_s=self.ttft_s,
-            latency_s=time.perf_counter() - self.started,
-        )
-
-
 def _is_batch(prompt) -> bool:
     """A list of prompts, as against one: text, a trajectory, or a flat sequence of ids."""
     if isinstance(prompt, str | Trajectory | np.ndarray):
@@ -496,33 +445,19 @@ def _one_params(params: SamplingParams | None, sampling: dict[str, Any]) -> Samp
     return params or SamplingParams(**sampling)
 
 
+def _options(options: dict[str, Any]) -> EngineOptions:
+    """Checks the options, unknown ones included."""
+    known = [field.name for field in dataclasses.fields(EngineOptions)]
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"unknown engine options: {', '.join(unknown)}; there are: {', '.join(known)}")
+    return EngineOptions(**options)
+
+
 def _dtype(name: str):
     """The weights' and caches' dtype by name."""
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
     return jnp.dtype(name)
-
-
-def _default_buckets() -> tuple[int, ...]:
-    return (16, 64, 256) if jax.default_backend() == "cpu" else (16, 64, 256, 1024, 4096)
-
-
-def _check_positive(**options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-
-
-def _check_implementation(name: str | None) -> None:
-    known = [implementation.name for implementation in IMPLEMENTATIONS]
-    if name is not None and name not in known:
-        raise InputError(f"unknown attention implementation {name!r}; there are: {', '.join(known)}")
-
-
-def _checked_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
-    if not buckets or any(b < 1 for b in buckets):
-        raise InputError(f"prefill_buckets must be positive chunk lengths, not {buckets!r}")
-    return tuple(sorted(set(buckets)))
 
 
 def _table_widths(widest: int) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from lragent_jax.tokenizer import StreamDecoder
 class GeneratedRow:
     """Takes tokens in the order the device produced them and decides where the output ends.
 
-    Ids are compared on the device, strings here. `decoder` turns one id after the other into text (None
-    without a tokenizer). `num_run` is how many of the joined tokens are in the cache: all of them behind a stop id, and one
+    Ids are compared on the device, strings here. `decoder` turns one id after the other into text (None without a
+    tokenizer). `num_run` is how many of the joined tokens are in the cache: all of them behind a stop id, and one
     less otherwise, because the token sampled last is run by whoever reads it next.
     """
 
@@ -41,10 +41,9 @@ class GeneratedRow:
             self._finish("stop", num_run=len(self.token_ids))
             return
         self.token_ids.append(token)
-        if self._decoder is not None:
-            if self._add_text(self._decoder.push(token)):
-                self._finish("stop", num_run=len(self.token_ids) - 1, flush=False)
-                return
+        if self._decoder is not None and self._add_text(self._decoder.push(token)):
+            self._finish("stop", num_run=len(self.token_ids) - 1, flush=False)
+            return
         if len(self.token_ids) >= self.max_new_tokens:
             self._finish("length", num_run=len(self.token_ids) - 1)
 

@@ -11,7 +11,7 @@ import numpy as np
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError, OutOfPagesError
+from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import PageCopy, PageRun
 from lragent_jax.sharing import PageKey
@@ -75,25 +75,38 @@ class PagedCache:
         num_low_rank_pages: int,
         low_rank_ranks: Mapping[str, int],
     ):
-        if page_size < 8 or page_size % 8:
-            raise InputError(f"page_size must be a positive multiple of 8 tokens, not {page_size}")
-        if num_pages < 1:
-            raise InputError(f"num_pages must be at least 1, not {num_pages}")
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks = dict(low_rank_ranks)
         self.lock = threading.RLock()
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools = {"base": PagePool(num_pages), "low_rank": PagePool(num_low_rank_pages)}
-        shape = (num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
-        layers = range(config.num_layers)
+        self.num_losses = 0
+        self.arrays = self._allocate()
+
+    def recover(self) -> bool:
+        """Allocates the arrays again if they are gone; True if they were, and with them what is on every page.
+
+        Programs take the arrays and give them back. A call that is interrupted in between, by Ctrl-C or an error of
+        the device, leaves none.
+        """
+        if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)):
+            return False
+        self.num_losses += 1
+        self.arrays = self._allocate()
+        return True
+
+    def _allocate(self) -> Cache:
+        config, num_pages = self.config, self.pools["base"].num_pages
+        shape = (num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
+        num_low_rank_pages = self.pools["low_rank"].num_pages
         try:
-            self.arrays = Cache(
-                base=BaseCache(kv=tuple(jnp.zeros(shape, self.dtype) for _ in layers)),
+            arrays = Cache(
+                base=BaseCache(kv=tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))),
                 low_rank=LowRankCache(
                     v=self._low_rank_pools("v", num_low_rank_pages), k=self._low_rank_pools("k", num_low_rank_pages)
                 ),
             )
-            jax.block_until_ready(self.arrays)
+            return jax.block_until_ready(arrays)
         except jax.errors.JaxRuntimeError as error:
             gigabytes = self.stats().base.bytes_total / 1e9
             raise OutOfPagesError(

@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 from engines import BOS, CONFIG, agents, ascii_tokenizer, tiny_engine
@@ -231,6 +232,36 @@ def test_threads_take_turns(engine):
     assert all_free(engine)
 
 
+def test_a_lost_cache_is_made_again_and_read_again(engine):
+    """Ctrl-C between handing the cache to a program and taking it back leaves no arrays."""
+    trajectory = engine.trajectory().append(QUESTION)
+    want = engine.generate(trajectory.fork(), "plan", max_new_tokens=5).token_ids
+    engine.next_token_logits(trajectory, "plan")
+    jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)
+    out = engine.generate(trajectory, "plan", max_new_tokens=5)
+    assert (out.token_ids, out.num_prefilled_tokens) == (want, len(QUESTION))
+    trajectory.close()
+    assert all_free(engine)
+
+
+def test_a_failure_on_the_device_rolls_the_call_back(engine, monkeypatch):
+    trajectory = engine.trajectory().append(QUESTION)
+    want = engine.generate(trajectory.fork(), "plan", max_new_tokens=9).token_ids
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._executor, "decode", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(trajectory, "plan", max_new_tokens=9)
+        patch.setattr(engine._executor, "unembed", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.score(trajectory, [1, 2, 3], "plan")
+    assert trajectory.token_ids == QUESTION
+    assert engine.generate(trajectory, "plan", max_new_tokens=9).token_ids == want
+
+
 # Adapters.
 
 
@@ -239,8 +270,8 @@ def test_loading_and_unloading_an_agent(engine):
     before = engine.generate(QUESTION, "plan", max_new_tokens=6).token_ids
     engine.load_adapter("critic", critic)
     assert engine.agents[-1] == "critic"
-    critic_says = engine.generate(QUESTION, "critic", max_new_tokens=6).token_ids
-    assert critic_says == tiny_engine("none", {"critic": critic}).generate(QUESTION, "critic", max_new_tokens=6).token_ids
+    alone = tiny_engine("none", {"critic": critic}).generate(QUESTION, "critic", max_new_tokens=6)
+    assert engine.generate(QUESTION, "critic", max_new_tokens=6).token_ids == alone.token_ids
     engine.unload_adapter("critic")
     assert engine.generate(QUESTION, "plan", max_new_tokens=6).token_ids == before
     with pytest.raises(AdapterError, match="unknown agent 'critic'"):
@@ -258,10 +289,10 @@ def test_a_larger_rank_and_new_targets_grow_the_cache_and_keep_what_is_in_it(mod
     trajectory.rollback(1)
     assert_close(engine.next_token_logits(trajectory, "plan"), before, "equal")
     fresh = engine.trajectory().append(QUESTION)
-    assert_close(engine.next_token_logits(fresh, "reflect"), alone("reflect", QUESTION), "equal")
+    assert_close(engine.next_token_logits(fresh, "reflect"), logits_alone("reflect", QUESTION), "equal")
 
 
-def alone(agent: str, ids: list[int]) -> np.ndarray:
+def logits_alone(agent: str, ids: list[int]) -> np.ndarray:
     engine = tiny_engine("none")
     return engine.next_token_logits(engine.trajectory().append(ids), agent)
 
@@ -294,7 +325,7 @@ def test_bad_prompts_and_agents(engine):
     refused(engine, InputError, "not int", lambda: engine.generate(3, "plan"))
     refused(engine, InputError, "2 values of agent for 1", lambda: engine.generate([QUESTION], ["plan", "plan"]))
     refused(engine, InputError, "nothing to score", lambda: engine.score(trajectory, [], "plan"))
-    refused(engine, InputError, "unknown sampling keywords: max_tokens", lambda: engine.generate(QUESTION, max_tokens=3))
+    refused(engine, InputError, "unknown sampling keywords: max_t", lambda: engine.generate(QUESTION, max_tokens=3))
     refused(engine, InputError, "not both", lambda: engine.generate(QUESTION, None, SamplingParams(), seed=3))
     refused(engine, InputError, "roll back 99", lambda: trajectory.rollback(99))
     assert trajectory.token_ids == QUESTION
@@ -305,7 +336,9 @@ def test_contexts_that_do_not_fit(engine):
     refused(engine, InputError, "context of 2048", lambda: trajectory.append([1] * 2048))
     refused(engine, InputError, "context of 2048", lambda: engine.score(trajectory, [1] * 2048, "plan"))
     refused(engine, OutOfPagesError, "num_pages", lambda: engine.generate([1] * 500, "plan"))
-    refused(engine, OutOfPagesError, "lower max_new_tokens", lambda: engine.generate(trajectory, "plan", max_new_tokens=900))
+    refused(
+        engine, OutOfPagesError, "lower max_new_tokens", lambda: engine.generate(trajectory, max_new_tokens=900)
+    )
     assert trajectory.token_ids == QUESTION
 
 
@@ -316,6 +349,7 @@ def test_engines_that_cannot_start():
         ({"prefill_buckets": (0, 8)}, InputError, "prefill_buckets"),
         ({"decode_block": 0}, InputError, "decode_block"),
         ({"num_low_rank_pages": 0}, InputError, "num_low_rank_pages"),
+        ({"pages": 3}, InputError, "unknown engine options: pages"),
         ({"implementation": "cuda"}, InputError, "implementation"),
     ):
         with pytest.raises(error, match=match):

@@ -1,0 +1,65 @@
+"""How an engine is set up, checked before anything is loaded."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
+from lragent_jax.models.errors import InputError
+from lragent_jax.sharing import Sharing, SharingMode
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Sizes and rules of an engine; every field is a keyword of `Engine`'s constructors.
+
+    Attributes:
+      sharing: the sharing mode, see `lragent_jax.sharing`.
+      num_pages: base pages in the pool.
+      page_size: tokens per page, a multiple of 8; 64 by default, 128 on TPU.
+      num_low_rank_pages: pages of the low-rank pool; by default `num_pages` for every A-group (in mode `base`: every
+        adapter) that is loaded, and the pool grows with them, which compiles programs anew.
+      max_adapters, max_rank: room to reserve so that adapters can be loaded later without compiling anew.
+      prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
+      decode_block: the most tokens per row between two looks of the host at them.
+      implementation: of `lora_attention`; None takes the first that fits.
+    """
+
+    sharing: SharingMode = "base_lr"
+    num_pages: int = 1024
+    page_size: int | None = None
+    num_low_rank_pages: int | None = None
+    max_adapters: int = 0
+    max_rank: int = 0
+    prefill_buckets: Sequence[int] | None = None
+    decode_block: int = 16
+    implementation: str | None = None
+
+    def __post_init__(self):
+        Sharing(self.sharing)
+        on = jax.default_backend()
+        defaults = {
+            "page_size": 128 if on == "tpu" else 64,
+            # Small chunks cost a CPU their FLOP and an accelerator a whole read of the weights.
+            "prefill_buckets": (16, 64, 256) if on == "cpu" else (16, 64, 256, 1024, 4096),
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        least = {"num_pages": 1, "num_low_rank_pages": 1, "decode_block": 1, "max_adapters": 0, "max_rank": 0}
+        for name in least:
+            value = getattr(self, name)
+            if value is None and name == "num_low_rank_pages":
+                continue
+            if not isinstance(value, int) or value < least[name]:
+                raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")
+        if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
+            raise InputError(f"page_size must be a positive multiple of 8 tokens, not {self.page_size!r}")
+        buckets = tuple(sorted(set(self.prefill_buckets or ())))
+        if not buckets or buckets[0] < 1:
+            raise InputError(f"prefill_buckets must be positive chunk lengths, not {self.prefill_buckets!r}")
+        object.__setattr__(self, "prefill_buckets", buckets)
+        known = [implementation.name for implementation in IMPLEMENTATIONS]
+        if self.implementation is not None and self.implementation not in known:
+            raise InputError(f"unknown attention implementation {self.implementation!r}; there are: {', '.join(known)}")

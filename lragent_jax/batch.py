@@ -13,9 +13,7 @@ from lragent_jax.sampling_params import SamplingParams
 class Batch:
     """The rows of one call of `generate` or `stream`."""
 
-    def __init__(
-        self, rows: list[Row], generated: list[GeneratedRow], params: list[SamplingParams], started: float
-    ):
+    def __init__(self, rows: list[Row], generated: list[GeneratedRow], params: list[SamplingParams], started: float):
         self.rows, self.generated, self.params, self.started = rows, generated, params, started
         self.ttft_s = 0.0
 

@@ -1,6 +1,7 @@
 """What a call still has to run, cut into chunks that compiled programs exist for."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from lragent_jax.page_run import PageRun
@@ -34,7 +35,7 @@ def plan_chunks(
     chunks = []
     for start, stop in gaps:
         cuts = [start, *(border for border in borders if start < border < stop), stop]
-        for piece_start, piece_stop in zip(cuts, cuts[1:], strict=False):
+        for piece_start, piece_stop in itertools.pairwise(cuts):
             for a, b in _split(piece_start, piece_stop, buckets):
                 chunks.append(Chunk(a, b, tuple(_first_missing(run, a, b) for run in written)))
     return chunks

@@ -149,9 +149,7 @@ class Engine:
         options = vars(self.options) | {"num_low_rank_pages": None} | options | {"sharing": sharing}
         adapters = {name: self._registry.adapter(name) for name in self._registry.names}
         executor = self._executor
-        return Engine(
-            self.config, executor.graphdef, executor.params, adapters, tokenizer=self.tokenizer, **options
-        )
+        return Engine(self.config, executor.graphdef, executor.params, adapters, tokenizer=self.tokenizer, **options)
 
     # What it is.
 
@@ -230,9 +228,7 @@ class Engine:
             return self._generate([prompt], [agent], [_one_params(params, sampling)])[0]
         count = len(prompt)
         rows = params if isinstance(params, list | tuple) else _one_params(params, sampling)
-        return self._generate(
-            list(prompt), _per_row(agent, count, "agent"), _per_row(rows, count, "params")
-        )
+        return self._generate(list(prompt), _per_row(agent, count, "agent"), _per_row(rows, count, "params"))
 
     def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
@@ -299,8 +295,8 @@ class Engine:
 
     def _keys_in_use(self) -> set[PageKey]:
         adapters = [BASE_MODEL, *self._registry.keys]
-        low_rank = {self._sharing.low_rank_key(adapter) for adapter in adapters} - {None}
-        return {self._sharing.base_key(adapter) for adapter in adapters} | low_rank
+        keys = [key for a in adapters for key in (self._sharing.base_key(a), self._sharing.low_rank_key(a))]
+        return {key for key in keys if key is not None}
 
     def _generate(self, prompts: list, agents: list, params: list[SamplingParams]) -> list[GenerationOutput]:
         if not prompts:
@@ -363,9 +359,7 @@ class Engine:
         executor, rows = self._executor, batch.rows
         limits = [generated.max_new_tokens for generated in batch.generated]
         with self._exclusive():
-            sampling = sampling_arrays(
-                batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows))
-            )
+            sampling = sampling_arrays(batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows)))
             # The token sampled last is not run, so it needs no slot.
             claims = [claim for row, limit in zip(rows, limits, strict=True) for claim in executor.plan(row, limit - 1)]
             self._cache.reserve(claims)

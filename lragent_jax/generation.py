@@ -46,9 +46,7 @@ def _exact_matmuls(params: Params):
     return contextlib.nullcontext()
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",)
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
 def prefill(
     graphdef: nnx.GraphDef,
     params: Params,

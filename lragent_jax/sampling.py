@@ -54,9 +54,7 @@ def sampling_arrays(
     )
 
 
-def sample(
-    logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: Int[Array, " B"]
-) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: Int[Array, " B"]) -> Int[Array, " B"]:
     """The next token of each row; `token_index` counts the tokens it has generated. Sorts only if a row samples."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

@@ -82,9 +82,7 @@ class LlamaConfig:
         return self.num_layers * rank * itemsize
 
 
-_LLAMA_31_ROPE = Llama3RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
-)
+_LLAMA_31_ROPE = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192)
 _LLAMA_32_ROPE = dataclasses.replace(_LLAMA_31_ROPE, factor=32.0)
 
 PRESETS = {

@@ -208,7 +208,9 @@ def random_params(config: LlamaConfig, dtype, seed: int = 0) -> tuple[nnx.GraphD
     """Weights drawn on the device: normal with deviation 1/sqrt(input width), norms 1, biases small."""
     graphdef, abstract = abstract_params(config, dtype)
     draw = jax.jit(
-        lambda key, index, shape, scale: (jax.random.normal(jax.random.fold_in(key, index), shape) * scale).astype(dtype),
+        lambda key, index, shape, scale: (jax.random.normal(jax.random.fold_in(key, index), shape) * scale).astype(
+            dtype
+        ),
         static_argnums=(2, 3),
     )
     leaves, treedef = jax.tree.flatten(abstract)

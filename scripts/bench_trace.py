@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def measure_device() -> dict[str, float]:
     matmul = jax.jit(lambda x: x @ x)
 
     def seconds(f, x) -> float:
-        jax.block_until_ready(f(x))
+        result = jax.block_until_ready(f(x))
         started = time.perf_counter()
         for _ in range(10):
             result = f(x)
@@ -104,7 +105,7 @@ def pool_copies(engine: Engine) -> dict[str, int]:
     ids = np.zeros(1, np.int32)
     common = (executor.graphdef, executor.params, executor.registry.bank, cache)
     tokens = np.zeros((1, executor.prefill_buckets[-1]), np.int32)
-    prefill = generation.prefill.lower(*common, tokens, ids, table).compile().as_text()
+    prefill = generation.prefill.lower(*common, tokens, ids, table).compile()
     sampling = sampling_arrays([], [], (), 1)
     state = generation.first_token(jnp.zeros((1, engine.config.vocab_size)), sampling)
     decode = generation.decode.lower(
@@ -112,7 +113,8 @@ def pool_copies(engine: Engine) -> dict[str, int]:
     ).compile()
     shapes = {re.escape(",".join(map(str, pool.shape))) for pool in jax.tree.leaves(cache)}
     pattern = re.compile(rf"\[(?:{'|'.join(shapes)})\]\S* (?:copy|copy-start|transpose)\(")
-    return {"prefill": len(pattern.findall(prefill)), "decode": len(pattern.findall(decode.as_text()))}
+    programs = {"prefill": prefill, "decode": decode}
+    return {name: len(pattern.findall(program.as_text() or "")) for name, program in programs.items()}
 
 
 def main() -> None:
@@ -149,7 +151,7 @@ def main() -> None:
         compile_s = time.perf_counter() - started
         say(f"{mode}: first trace, compilation included, {compile_s:.1f} s")
         runs = [run_trace(engine, calls) for _ in range(arguments.repeats)]
-        result = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        result: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         result |= floors(engine.config, first._executor.params, result, device) | {"first_trace_s": compile_s}
         result["pool_copies"] = None if arguments.skip_copies else pool_copies(engine)
         results[mode] = result
@@ -160,7 +162,7 @@ def main() -> None:
     for column in ("mode", *columns):
         table.add_column(column, justify="right")
     for mode, r in results.items():
-        copies = "–" if r["pool_copies"] is None else str(sum(r["pool_copies"].values()))
+        copies = "?" if r["pool_copies"] is None else str(sum(r["pool_copies"].values()))
         table.add_row(
             mode, str(r["prefilled_tokens"]), f"{r['cache_bytes'] / 1e6:.1f}", f"{r['ttft_s']:.3f}",
             f"{r['ttft_floor_s']:.3f}", f"{r['decode_ms_per_token']:.2f}", f"{r['decode_floor_ms']:.2f}",

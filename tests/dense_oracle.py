@@ -7,7 +7,9 @@ under the agent's keys, and writes what is missing.
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.config import LlamaConfig
@@ -15,13 +17,7 @@ from lragent_jax.models.config import LlamaConfig
 
 def host_params(params) -> dict:
     """The model's weights as nested dictionaries of float64."""
-    return _as_dict(params.to_pure_dict())
-
-
-def _as_dict(tree):
-    if isinstance(tree, dict):
-        return {key: _as_dict(value) for key, value in tree.items()}
-    return np.asarray(tree, np.float64)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(params))
 
 
 @dataclasses.dataclass
@@ -44,7 +40,9 @@ class Context:
 class DenseOracle:
     """One model and its agents under one sharing mode. Agents of one `group` have equal A for k and v."""
 
-    def __init__(self, config: LlamaConfig, params: dict, agents: dict[str, Adapter], groups: dict[str, str], mode: str):
+    def __init__(
+        self, config: LlamaConfig, params: dict, agents: dict[str, Adapter], groups: dict[str, str], mode: str
+    ):
         self.config, self.params, self.agents, self.groups, self.mode = config, params, agents, groups, mode
         self.group_members = {group: name for name, group in groups.items()}
 
@@ -52,13 +50,10 @@ class DenseOracle:
         """What comes next, and how many tokens had to be run for it."""
         required = [self._base_key(agent)] + ([self._own_key(agent)] if self._own_key(agent) else [])
         last = len(context.ids) - 1
-        missing = [
-            p for p in range(last + 1) if any(p not in context.store.setdefault(key, {}) for key in required)
-        ]
+        missing = [p for p in range(last + 1) if any(p not in context.store.setdefault(key, {}) for key in required)]
         to_run = missing if missing[-1:] == [last] else [*missing, last]
-        for position in to_run:
-            result = self._run(context, position, agent)
-        return result, len(to_run)
+        results = [self._run(context, position, agent) for position in to_run]
+        return results[-1], len(to_run)
 
     def output(self, context: Context, ids: list[int], agent: str | None) -> tuple[np.ndarray, int]:
         """Logits in front of every token of an output that joins; its last token is not run."""
@@ -140,7 +135,7 @@ class DenseOracle:
 
     def _linear(self, layer, i, agent, target, x):
         weights = layer["attention" if target in "qkvo" else "mlp"][target]
-        y = x @ weights["kernel"] + (weights["bias"] if "bias" in weights else 0)
+        y = x @ weights["kernel"] + weights.get("bias", 0)
         return y + self._expand(agent, i, target, self._shrink(agent, i, target, x))
 
     def _shrink(self, agent, i, target, x):

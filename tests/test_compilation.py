@@ -68,5 +68,9 @@ def test_no_program_copies_a_page_pool(mode):
         assert any(f"[{shape}]" in text for shape in pools), "the program holds no pool at all"
         copies = [shape for shape in pools if re.search(rf"\[{shape}\]\S* (copy|copy-start|transpose)\(", text)]
         assert not copies, f"{name} copies {copies}"
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        assert temporaries < min(pool.nbytes for pool in jax.tree.leaves(cache.base)) * engine.config.num_layers
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        assert (
+            memory.temp_size_in_bytes
+            < min(pool.nbytes for pool in jax.tree.leaves(cache.base)) * engine.config.num_layers
+        )

@@ -1,6 +1,7 @@
 """What users rely on when they call the engine: who joins what, where outputs end, and what is refused."""
 
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -336,14 +337,12 @@ def test_contexts_that_do_not_fit(engine):
     refused(engine, InputError, "context of 2048", lambda: trajectory.append([1] * 2048))
     refused(engine, InputError, "context of 2048", lambda: engine.score(trajectory, [1] * 2048, "plan"))
     refused(engine, OutOfPagesError, "num_pages", lambda: engine.generate([1] * 500, "plan"))
-    refused(
-        engine, OutOfPagesError, "lower max_new_tokens", lambda: engine.generate(trajectory, max_new_tokens=900)
-    )
+    refused(engine, OutOfPagesError, "lower max_new_tokens", lambda: engine.generate(trajectory, max_new_tokens=900))
     assert trajectory.token_ids == QUESTION
 
 
 def test_engines_that_cannot_start():
-    for options, error, match in (
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"num_pages": 0}, InputError, "num_pages"),
         ({"page_size": 12}, InputError, "multiple of 8"),
         ({"prefill_buckets": (0, 8)}, InputError, "prefill_buckets"),
@@ -351,7 +350,8 @@ def test_engines_that_cannot_start():
         ({"num_low_rank_pages": 0}, InputError, "num_low_rank_pages"),
         ({"pages": 3}, InputError, "unknown engine options: pages"),
         ({"implementation": "cuda"}, InputError, "implementation"),
-    ):
+    ]
+    for options, error, match in cases:
         with pytest.raises(error, match=match):
             tiny_engine("base_lr", **options)
     with pytest.raises(InputError, match=r"sharing mode 'all'.*base_lr"):

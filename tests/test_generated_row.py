@@ -27,7 +27,8 @@ def ids(text: str) -> list[int]:
 
 def row(stop=(), max_new_tokens=100, stop_ids=(), decoder=True) -> GeneratedRow:
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop)
-    return GeneratedRow(params, max_new_tokens, frozenset(stop_ids), cast(StreamDecoder, Letters()) if decoder else None)
+    letters = cast(StreamDecoder, Letters()) if decoder else None
+    return GeneratedRow(params, max_new_tokens, frozenset(stop_ids), letters)
 
 
 def push(generated: GeneratedRow, text: str) -> GeneratedRow:

@@ -22,7 +22,7 @@ class ModelKind(enum.Enum):
 
 
 def find_model(path: str | os.PathLike) -> tuple[ModelKind, Path]:
-    """What lies at `path`, and where: for a folder with one GGUF file that file. `CheckpointError` if it is no model."""
+    """What lies at `path`, and where: for a folder with one GGUF file, that file. `CheckpointError` if none."""
     path = Path(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return ModelKind.GGUF, path

@@ -67,8 +67,8 @@ def read_gguf(
 ) -> tuple[LlamaConfig, nnx.GraphDef, Params]:
     """Reads a GGUF file, dequantising tensor by tensor onto the device.
 
-    Weights become `dtype` and lie as `shardings` says (`None`: on the default device). The host holds two
-    tensors at most, as `dtype`. Raises `CheckpointError` for a file that is missing, truncated or damaged, tensors that are
+    Weights become `dtype` and lie as `shardings` says (`None`: on the default device). The host holds two tensors at
+    most, as `dtype`. Raises `CheckpointError` for a file that is missing, truncated or damaged, tensors that are
     missing, unused, mis-shaped or of a quantisation that cannot be read (all in one message, before anything big is
     read) and numbers that are not finite, and `ConfigError` for mathematics that is not supported.
     """

@@ -106,8 +106,8 @@ def read_huggingface(
 ) -> tuple[LlamaConfig, nnx.GraphDef, Params]:
     """Reads a folder of safetensors, single file or sharded, tensor by tensor onto the device.
 
-    Weights become `dtype` and lie as `shardings` says (`None`: on the default device). The host holds two
-    tensors at most. Raises `CheckpointError` for files that are missing or damaged, keys that are missing, unused or mis-shaped
+    Weights become `dtype` and lie as `shardings` says (`None`: on the default device). The host holds two tensors at
+    most. Raises `CheckpointError` for files that are missing or damaged, keys that are missing, unused or mis-shaped
     (all in one message, before anything big is read) and numbers that are not finite, and `ConfigError` for
     mathematics that is not supported.
     """
@@ -227,8 +227,10 @@ def _rope(fields: Fields, context_length: int) -> tuple[float, Llama3RopeScaling
     rope.only(key, "default", "llama3")
     if rope.values.get(key) != "llama3":
         return theta, None
-    original = fields.integer("original_max_position_embeddings", context_length)
+    # As in transformers, the model's own figure wins over that of its scaling.
+    inner = rope.integer("original_max_position_embeddings", context_length)
+    original = fields.integer("original_max_position_embeddings", inner)
     factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if low >= high and rope.values.get("high_freq_factor") is not None:
         rope.refuse("high_freq_factor", high, f"it must be above low_freq_factor {low}")
-    return theta, Llama3RopeScaling(factor, low, high, rope.integer("original_max_position_embeddings", original))
+    return theta, Llama3RopeScaling(factor, low, high, original)

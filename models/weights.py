@@ -93,7 +93,8 @@ def fill(
 
     Every missing, unused or mis-shaped key is reported in one `CheckpointError` before anything is read; names that
     match `ignored` may stay unused. Transposition and cast happen on the device, and the host lets go of a tensor
-    before it reads the one after the next. NaN, infinity and numbers too large for the dtype are a `CheckpointError` as well.
+    before it reads the one after the next. NaN, infinity and numbers too large for the dtype are a `CheckpointError`
+    as well.
     """
     assignments = _match(abstract, stored, weight_map, ignored, source)
     names = leaf_names(abstract)

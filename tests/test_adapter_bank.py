@@ -56,7 +56,8 @@ def test_every_row_of_a_mixed_bank_computes_its_adapter(spare):
             in_width, out_width = SHAPES[target]
             ids = np.arange(rows - 1, -1, -1, dtype=np.int32)  # row i of the batch runs adapter rows - 1 - i
             x = rng.standard_normal((rows, 2, in_width), np.float32)
-            got = delta(x, pair, bank.group_of[target], ids)
+            with jax.default_matmul_precision("highest"):
+                got = delta(x, pair, bank.group_of[target], ids)
             want = np.zeros((rows, 2, out_width), np.float32)
             for row, adapter_id in enumerate(ids):
                 if 0 < adapter_id <= len(MIXED) and (layer, target) in MIXED[adapter_id - 1].weights:

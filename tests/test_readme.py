@@ -63,7 +63,8 @@ def test_the_python_example_runs(monkeypatch, capsys):
 
     def from_pretrained(model, **options):
         inspect.signature(lra.Engine.from_pretrained).bind(model, **options)
-        options.pop("adapters"), options.pop("dtype"), calls.append(options)
+        del options["adapters"], options["dtype"]
+        calls.append(options)
         inspect.signature(lra.Engine.__init__).bind(None, None, None, None, None, **options)
         return engines.tiny_engine(options["sharing"], tokenizer=engines.ascii_tokenizer())
 

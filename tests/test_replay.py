@@ -19,7 +19,7 @@ from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.react import ReactTrajectory, Step
 from lragent_jax.recording import Recording
 from lragent_jax.replay import replay
-from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.sharing import SHARING_MODES, SharingMode
 
 PAGE = 16
 TWO_GROUPS = (100, 100, 200)  # reflect has an A of its own
@@ -66,7 +66,8 @@ def test_counts_and_bytes_are_those_of_the_modes(groups):
     report = replay(text_engine(adapters(groups)), TRAJECTORIES)
     assert list(report.modes) == list(SHARING_MODES)
     recordings = [Recording.tokenize(trajectory, tokenizer()) for trajectory in TRAJECTORIES]
-    for mode, readers in prefilled_by.items():
+    for mode in SHARING_MODES:
+        readers = prefilled_by[mode]
         costs = [Arithmetic(recording, readers) for recording in recordings]
         assert report.modes[mode].prefilled_tokens == sum(cost.prefilled for cost in costs), mode
         assert report.modes[mode].cached_tokens == sum(cost.cached for cost in costs), mode
@@ -86,7 +87,7 @@ def test_drift_is_that_of_logits_scored_by_hand():
     trajectory = TRAJECTORIES[0]
     parts = Recording.tokenize(trajectory, tokenizer()).parts
 
-    def scored(mode: str) -> list[np.ndarray]:
+    def scored(mode: SharingMode) -> list[np.ndarray]:
         engine = text_engine().with_sharing(mode, num_pages=64, num_low_rank_pages=192)
         with engine.trajectory() as context:
             return [
@@ -122,7 +123,7 @@ def test_agents_that_add_nothing_move_nothing():
 
 
 def test_roles_go_to_agents_of_other_names():
-    named = dict(zip(("planner", "action", "critic"), adapters().values(), strict=True))
+    named = dict(zip(["planner", "action", "critic"], adapters().values(), strict=True))
     roles = {"plan": "planner", "reflect": "critic"}
     want = replay(text_engine(), TRAJECTORIES[:1], ["full"]).modes["full"]
     got = replay(text_engine(named), TRAJECTORIES[:1], ["full"], roles=roles).modes["full"]

@@ -90,7 +90,7 @@ def test_on_eight_devices(tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]),
     }
     command = [sys.executable, "-W", "error", "-c", ON_EIGHT_DEVICES, str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

@@ -27,7 +27,7 @@ class AdapterRegistry:
     """The loaded adapters by name, and the bank built from them.
 
     Rows and ranks of the bank never shrink, and start at the sizes asked for: within them, loading and unloading
-    changes no array's shape, so nothing compiles again.
+    changes no shape of the bank.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class AdapterRegistry:
         """The adapter that agent `name` runs; None is the base model. Raises `AdapterError` for an unknown name."""
         if name is None:
             return BASE_MODEL_ROW
-        if name not in self._loaded:
+        if not isinstance(name, str) or name not in self._loaded:
             known = ", ".join(map(repr, self._loaded)) or "none is loaded"
             raise AdapterError(f"unknown agent {name!r}; there are: {known} (None is the base model)")
         return self._loaded[name]

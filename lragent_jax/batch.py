@@ -8,13 +8,23 @@ from lragent_jax.executor import Row
 from lragent_jax.generated_row import GeneratedRow
 from lragent_jax.outputs import GenerationOutput
 from lragent_jax.sampling_params import SamplingParams
+from lragent_jax.trajectory import Trajectory
 
 
 class Batch:
     """The rows of one call of `generate` or `stream`."""
 
-    def __init__(self, rows: list[Row], generated: list[GeneratedRow], params: list[SamplingParams], started: float):
-        self.rows, self.generated, self.params, self.started = rows, generated, params, started
+    def __init__(
+        self,
+        trajectories: list[Trajectory],
+        agents: list[str | None],
+        generated: list[GeneratedRow],
+        params: list[SamplingParams],
+        started: float,
+    ):
+        self.trajectories, self.agents = trajectories, agents
+        self.generated, self.params, self.started = generated, params, started
+        self.rows: list[Row] = []  # once the device is ours
         self.ttft_s = 0.0
 
     @property
@@ -40,7 +50,7 @@ class Batch:
 
     def settle(self) -> None:
         """Lets the tokens join, and forgets what the device wrote beyond them."""
-        for row, generated in zip(self.rows, self.generated, strict=True):
+        for row, generated in zip(self.rows, self.generated, strict=bool(self.rows)):
             length = len(row.trajectory)
             row.trajectory.join(generated.token_ids)
             row.commit(length, length + generated.num_run)

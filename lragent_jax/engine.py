@@ -1,7 +1,10 @@
 """The engine: agents, trajectories and one shared cache behind a few calls."""
 
+import collections
 import contextlib
+import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from lragent_jax.generated_row import GeneratedRow
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError, LRAgentError
+from lragent_jax.models.errors import InputError, LRAgentError, TrajectoryClosedError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
 from lragent_jax.options import EngineOptions
@@ -83,6 +86,8 @@ class Engine:
             implementation=self.options.implementation,
         )
         self._trajectories = LiveTrajectories()
+        self._caller: int | None = None  # the thread that is in `_exclusive`
+        self._unfinished: collections.deque[Callable[[], None]] = collections.deque()
 
     # Making one.
 
@@ -177,9 +182,14 @@ class Engine:
         """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow."""
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
         with self._exclusive():
+            before = copy.copy(self._registry)
             self._registry.add(name, adapter)
             if not self._sharing.merged:
-                self._cache.grow_low_rank(self._num_low_rank_pages(), self._registry.low_rank_ranks)
+                try:
+                    self._cache.grow_low_rank(self._num_low_rank_pages(), self._registry.low_rank_ranks)
+                except BaseException:
+                    vars(self._registry).update(vars(before))
+                    raise
 
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
@@ -188,7 +198,8 @@ class Engine:
         """
         with self._exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
-                held.enter_context(trajectory.extending())
+                with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
+                    held.enter_context(trajectory.extending())
             self._registry.remove(name)
             in_use = self._keys_in_use()
             for trajectory in self._trajectories:
@@ -222,7 +233,8 @@ class Engine:
         `prompt`: a trajectory, which the generated tokens join; text or token ids, for a context of their own that is
         gone afterwards; or a list of those. `agent`: a name, None for the base model, or a list of them. `params`: a
         `SamplingParams` (or one per row), or its fields as keywords. A list returns a list. Raises `InputError`,
-        `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed.
+        `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed; whatever else
+        goes wrong on the way, no token joins.
         """
         if not _is_batch(prompt):
             return self._generate([prompt], [agent], [_one_params(params, sampling)])[0]
@@ -239,14 +251,17 @@ class Engine:
         """
         one = _one_params(params, sampling)
         num_shown = 0
+        piece = StreamPiece("", [])
         with self._batch([prompt], [agent], [one]) as batch:
             generated = batch.generated[0]
             for _ in self._steps(batch, max_steps=_STREAM_STEPS):
-                text, ids = generated.take_text(), generated.token_ids[num_shown:]
-                num_shown += len(ids)
-                output = batch.outputs()[0] if generated.finish_reason else None
-                if text or ids or output:
-                    yield StreamPiece(text, ids, output)
+                piece = StreamPiece(generated.take_text(), generated.token_ids[num_shown:])
+                num_shown += len(piece.token_ids)
+                if generated.finish_reason:
+                    piece = dataclasses.replace(piece, output=batch.outputs()[0])
+                elif piece.text or piece.token_ids:
+                    yield piece
+        yield piece  # the tokens have joined: whoever reads the last piece may go on with the trajectory
 
     def next_token_logits(self, trajectory: Trajectory, agent: str | None = None) -> np.ndarray:
         """What would come next, f32 [V]. Prefills what this agent lacks; no token joins."""
@@ -261,10 +276,9 @@ class Engine:
 
     def score_output(self, trajectory: Trajectory, token_ids: Ids, agent: str | None = None) -> ScoreOutput:
         """`score`, with the counts and the time to the first row of logits."""
-        ids = trajectory.checked_ids(token_ids)
-        if not ids:
+        if len(token_ids) == 0:
             raise InputError("there is nothing to score: token_ids is empty")
-        return self._score(trajectory, ids, agent)
+        return self._score(trajectory, token_ids, agent)
 
     def warmup(self, max_batch_size: int = 1, progress: Progress | None = None) -> None:
         """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards."""
@@ -276,11 +290,22 @@ class Engine:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._cache.lock:
-            self._trajectories.release_abandoned()
-            if self._cache.recover():  # token ids survive: whoever reads a trajectory next runs it again
-                for trajectory in self._trajectories:
-                    trajectory.drop(lambda key: False)
-            yield
+            outer, self._caller = self._caller, threading.get_ident()
+            try:
+                if outer is None:
+                    self._clean_up()
+                yield
+            finally:
+                self._caller = outer
+
+    def _clean_up(self) -> None:
+        """What earlier calls left behind."""
+        while self._unfinished:
+            self._unfinished.popleft()()
+        self._trajectories.release_abandoned()
+        if self._cache.recover():  # token ids survive: whoever reads a trajectory next runs it again
+            for trajectory in self._trajectories:
+                trajectory.drop(lambda key: False)
 
     def _encode(self, text: str, first: bool) -> list[int]:
         if self.tokenizer is None:
@@ -309,7 +334,8 @@ class Engine:
     @contextlib.contextmanager
     def _batch(self, prompts: list, agents: list, params: list[SamplingParams]) -> Iterator[Batch]:
         """Checks everything, holds the trajectories for one call, and lets the generated tokens join at its end."""
-        adapters = [self._registry.find(agent) for agent in agents]
+        for agent in agents:
+            self._registry.find(agent)
         with contextlib.ExitStack() as stack:
             trajectories = []
             for prompt in prompts:
@@ -317,11 +343,10 @@ class Engine:
                     prompt = stack.enter_context(self.trajectory()).append(prompt)  # gone after the call
                 trajectories.append(prompt)
             for trajectory in trajectories:
+                self._check_own(trajectory)
                 stack.enter_context(trajectory.extending())
             generated = [self._generated_row(*row) for row in zip(trajectories, params, strict=True)]
-            with self._exclusive():
-                rows = [self._executor.open_row(*row) for row in zip(trajectories, adapters, strict=True)]
-            batch = Batch(rows, generated, params, started=time.perf_counter())
+            batch = Batch(trajectories, agents, generated, params, started=time.perf_counter())
             try:
                 yield batch
             except GeneratorExit:
@@ -332,8 +357,28 @@ class Engine:
                 batch.discard()
                 raise
             finally:
-                with self._exclusive():
-                    batch.settle()
+                self._finish(batch, stack.pop_all())
+
+    def _finish(self, batch: Batch, held: contextlib.ExitStack) -> None:
+        """Lets the tokens join and the trajectories go.
+
+        The collector may close a forgotten stream in the middle of another call of the same thread. Then that call
+        goes on undisturbed and the next one finishes the stream.
+        """
+
+        def finish() -> None:
+            batch.settle()
+            held.close()
+
+        if self._caller == threading.get_ident():
+            self._unfinished.append(finish)
+            return
+        with self._exclusive():
+            finish()
+
+    def _check_own(self, trajectory: Trajectory) -> None:
+        if not trajectory.is_in(self._cache):
+            raise InputError("this trajectory belongs to another engine; append its token_ids to one of this engine's")
 
     def _generated_row(self, trajectory: Trajectory, params: SamplingParams) -> GeneratedRow:
         room = self._room(trajectory)
@@ -356,9 +401,12 @@ class Engine:
 
     def _steps(self, batch: Batch, max_steps: int) -> Iterator[None]:
         """Prefills, then decodes until every row has ended; yields after every look at new tokens."""
-        executor, rows = self._executor, batch.rows
+        executor = self._executor
         limits = [generated.max_new_tokens for generated in batch.generated]
         with self._exclusive():
+            # Found again: another thread may have unloaded an agent since the arguments were checked.
+            adapters = [self._registry.find(agent) for agent in batch.agents]
+            batch.rows = rows = [executor.open_row(*row) for row in zip(batch.trajectories, adapters, strict=True)]
             sampling = sampling_arrays(batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows)))
             # The token sampled last is not run, so it needs no slot.
             claims = [claim for row, limit in zip(rows, limits, strict=True) for claim in executor.plan(row, limit - 1)]
@@ -380,10 +428,12 @@ class Engine:
                 out, state, table = executor.decode(rows, state, sampling, table, max_steps)
                 tokens = np.asarray(out)
 
-    def _score(self, trajectory: Trajectory, ids: list[int], agent: str | None) -> ScoreOutput:
+    def _score(self, trajectory: Trajectory, token_ids: Ids, agent: str | None) -> ScoreOutput:
         executor, started = self._executor, time.perf_counter()
+        self._check_own(trajectory)
         with trajectory.extending(), self._exclusive():
             self._room(trajectory)
+            ids = trajectory.checked_ids(token_ids)
             row = executor.open_row(trajectory, self._registry.find(agent))
             length = len(trajectory)
             self._cache.reserve(executor.plan(row, max(len(ids) - 1, 0)))

@@ -159,7 +159,7 @@ class Executor:
         """Up to `num_steps` more tokens per row, at most `decode_block`."""
         out, state, table, self.cache.arrays = generation.decode(
             self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, sampling,
-            _adapter_ids(rows, len(table.kv_lens)), table, np.int32(num_steps),
+            _adapter_ids(rows, len(table.kv_lens)), table, np.int32(min(num_steps, self.decode_block)),
             block=self.decode_block, implementation=self.implementation,
         )  # fmt: skip
         return out, state, table

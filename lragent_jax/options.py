@@ -20,7 +20,8 @@ class EngineOptions:
       page_size: tokens per page, a multiple of 8; 64 by default, 128 on TPU.
       num_low_rank_pages: pages of the low-rank pool; by default `num_pages` for every A-group (in mode `base`: every
         adapter) that is loaded, and the pool grows with them, which compiles programs anew.
-      max_adapters, max_rank: room to reserve so that adapters can be loaded later without compiling anew.
+      max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
+        targets that some adapter has, compile nothing anew unless they bring an A-group and the low-rank pool grows.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
       decode_block: the most tokens per row between two looks of the host at them.
       implementation: of `lora_attention`; None takes the first that fits.
@@ -57,7 +58,7 @@ class EngineOptions:
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise InputError(f"page_size must be a positive multiple of 8 tokens, not {self.page_size!r}")
         buckets = tuple(sorted(set(self.prefill_buckets or ())))
-        if not buckets or buckets[0] < 1:
+        if not buckets or buckets[0] < 1 or not all(isinstance(bucket, int) for bucket in buckets):
             raise InputError(f"prefill_buckets must be positive chunk lengths, not {self.prefill_buckets!r}")
         object.__setattr__(self, "prefill_buckets", buckets)
         known = [implementation.name for implementation in IMPLEMENTATIONS]

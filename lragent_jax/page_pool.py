@@ -44,8 +44,9 @@ class PagePool:
         if not self._references[page]:
             self._free.append(page)
 
-    def is_shared(self, page: int) -> bool:
-        return self._references[page] > 1
+    def num_references(self, page: int) -> int:
+        """How many runs hold the page."""
+        return self._references[page]
 
     def grow(self, num_pages: int) -> None:
         """Adds pages up to `num_pages`; those that exist keep their indices."""

@@ -50,6 +50,10 @@ class PageRun:
             gaps.append((position, stop))
         return gaps
 
+    def page(self, index: int) -> int:
+        """The page of tokens [index · page_size, (index + 1) · page_size), or `HOLE`."""
+        return self.pages[index] if index < len(self.pages) else HOLE
+
     def pages_to_write(self, start: int, stop: int) -> list[int]:
         """Which entries of `pages` `prepare` would take from the pool: new ones, and copies of shared ones."""
         return [index for index in self._page_range(start, stop) if self._needs_page(index)]
@@ -101,5 +105,5 @@ class PageRun:
         return range(start // self.page_size, -(-stop // self.page_size)) if stop > start else range(0)
 
     def _needs_page(self, index: int) -> bool:
-        page = self.pages[index] if index < len(self.pages) else HOLE
-        return page == HOLE or self.pool.is_shared(page)
+        page = self.page(index)
+        return page == HOLE or self.pool.num_references(page) > 1

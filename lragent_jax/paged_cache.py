@@ -1,5 +1,6 @@
 """The two page pools of an engine: arrays on the device, allocators on the host."""
 
+import collections
 import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_pool import PagePool
-from lragent_jax.page_run import PageCopy, PageRun
+from lragent_jax.page_run import HOLE, PageCopy, PageRun
 from lragent_jax.sharing import PageKey
 
 _COPIES_PER_CALL = 8
@@ -103,7 +104,8 @@ class PagedCache:
             arrays = Cache(
                 base=BaseCache(kv=tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))),
                 low_rank=LowRankCache(
-                    v=self._low_rank_pools("v", num_low_rank_pages), k=self._low_rank_pools("k", num_low_rank_pages)
+                    v=self._low_rank_pools(self.low_rank_ranks.get("v"), num_low_rank_pages),
+                    k=self._low_rank_pools(self.low_rank_ranks.get("k"), num_low_rank_pages),
                 ),
             )
             return jax.block_until_ready(arrays)
@@ -121,7 +123,7 @@ class PagedCache:
         """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing."""
         claims = [claim for claim in claims if claim.stop > claim.start]
         for name, pool in self.pools.items():
-            needed = _pages_needed(claim for claim in claims if claim.run.pool is pool)
+            needed = _pages_needed((claim for claim in claims if claim.run.pool is pool), pool)
             if needed > pool.num_free:
                 raise OutOfPagesError(
                     f"this call needs {needed} more {name} pages of {self.page_size} tokens, {pool.num_free} of "
@@ -146,16 +148,23 @@ class PagedCache:
         ranks = {target: rank for target, rank in ranks.items() if rank}
         if ranks == self.low_rank_ranks and num_pages == pool.num_pages:
             return
-        old, self.low_rank_ranks = self.arrays.low_rank, ranks
-        grown = {}
-        for target in ("v", "k"):
-            layers = getattr(old, target)
-            if layers is None or target not in ranks:
-                grown[target] = self._low_rank_pools(target, num_pages)
-                continue
-            pad = ((0, num_pages - pool.num_pages), (0, ranks[target] - layers[0].shape[1]), (0, 0))
-            grown[target] = tuple(jnp.pad(layer, pad) for layer in layers)
+        old, grown = self.arrays.low_rank, {}
+        try:
+            for target in ("v", "k"):
+                layers, rank = getattr(old, target), ranks.get(target)
+                if layers is None:
+                    grown[target] = self._low_rank_pools(rank, num_pages)
+                    continue
+                assert rank is not None
+                pad = ((0, num_pages - pool.num_pages), (0, rank - layers[0].shape[1]), (0, 0))
+                grown[target] = tuple(jnp.pad(layer, pad) for layer in layers)
+            jax.block_until_ready(grown)
+        except jax.errors.JaxRuntimeError as error:
+            raise OutOfPagesError(
+                f"the device has no room for {num_pages} low-rank pages; lower num_low_rank_pages or unload an adapter"
+            ) from error
         self.arrays = dataclasses.replace(self.arrays, low_rank=LowRankCache(**grown))
+        self.low_rank_ranks = ranks
         pool.grow(num_pages)
 
     def warmup(self) -> None:
@@ -174,10 +183,10 @@ class PagedCache:
             page_size=p,
         )
 
-    def _low_rank_pools(self, target: str, num_pages: int):
-        if target not in self.low_rank_ranks:
+    def _low_rank_pools(self, rank: int | None, num_pages: int):
+        if rank is None:
             return None
-        shape = (num_pages, self.low_rank_ranks[target], self.page_size)
+        shape = (num_pages, rank, self.page_size)
         return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.config.num_layers))
 
     def _copy(self, base: list[PageCopy], low_rank: list[PageCopy]) -> None:
@@ -192,9 +201,12 @@ class PagedCache:
                 self.arrays = dataclasses.replace(self.arrays, **{name: copied})
 
 
-def _pages_needed(claims: Iterable[Claim]) -> int:
-    """Distinct pages to take: claims on one run may meet on a page."""
-    needed = set()
+def _pages_needed(claims: Iterable[Claim], pool: PagePool) -> int:
+    """New pages, and copies of shared ones: of the runs that hold a page together, the last to write keeps it."""
+    wanted: dict[tuple[int, int], int] = {}
     for claim in claims:
-        needed |= {(id(claim.run), index) for index in claim.run.pages_to_write(claim.start, claim.stop)}
-    return len(needed)
+        for index in claim.run.pages_to_write(claim.start, claim.stop):
+            wanted[id(claim.run), index] = claim.run.page(index)
+    writers = collections.Counter(page for page in wanted.values() if page != HOLE)
+    copies = sum(min(count, pool.num_references(page) - 1) for page, count in writers.items())
+    return copies + sum(page == HOLE for page in wanted.values())

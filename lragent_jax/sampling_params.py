@@ -1,7 +1,7 @@
 """What a caller can ask of generation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -29,8 +29,11 @@ class SamplingParams:
     def __post_init__(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable):
+                raise InputError(f"{name} must be a list, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
         checks = (
             ("max_new_tokens", _is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "a positive integer"),
             ("temperature", _is_number(self.temperature) and self.temperature >= 0, "a finite number >= 0"),
@@ -38,7 +41,7 @@ class SamplingParams:
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids >= 0"),
+            ("stop_token_ids", all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids), "token ids"),
         )
         for name, ok, wanted in checks:
             if not ok:

@@ -21,19 +21,23 @@ class LiveTrajectories:
     """An engine's trajectories while somebody holds them, and the page runs of those dropped without `close`."""
 
     def __init__(self):
+        self._lock = threading.RLock()
         self._live: weakref.WeakSet[Trajectory] = weakref.WeakSet()
         self._abandoned: collections.deque[dict[PageKey, PageRun]] = collections.deque()
 
     def __iter__(self) -> Iterator["Trajectory"]:
-        return iter(list(self._live))
+        with self._lock:
+            return iter(list(self._live))
 
     def add(self, trajectory: "Trajectory", runs: dict[PageKey, PageRun]) -> weakref.finalize:
         # The collector may run in the middle of an allocation: pages are only put aside here.
-        self._live.add(trajectory)
+        with self._lock:
+            self._live.add(trajectory)
         return weakref.finalize(trajectory, self._abandoned.append, runs)
 
     def discard(self, trajectory: "Trajectory") -> None:
-        self._live.discard(trajectory)
+        with self._lock:
+            self._live.discard(trajectory)
 
     def release_abandoned(self) -> None:
         while self._abandoned:
@@ -87,7 +91,7 @@ class Trajectory:
 
     def checked_ids(self, piece: str | Sequence[int] | np.ndarray) -> list[int]:
         """The ids that `piece` would add, or `InputError` if they cannot be added."""
-        ids = self._encode(piece, not self._ids) if isinstance(piece, str) else token_ids(piece, self._vocab_size)
+        ids = token_ids(self._encode(piece, not self._ids) if isinstance(piece, str) else piece, self._vocab_size)
         if len(self._ids) + len(ids) > self._context_length:
             raise InputError(
                 f"{len(self._ids)} tokens and {len(ids)} more do not fit the model's context of "
@@ -107,13 +111,13 @@ class Trajectory:
     def rollback(self, num_tokens: int) -> "Trajectory":
         """Takes the last `num_tokens` tokens off, and their pages. Returns itself."""
         with self.extending():
-            if not 0 <= num_tokens <= len(self._ids):
+            if not isinstance(num_tokens, int | np.integer) or not 0 <= num_tokens <= len(self._ids):
                 raise InputError(f"cannot roll back {num_tokens} tokens of a trajectory of {len(self._ids)}")
             self.truncate(len(self._ids) - num_tokens)
         return self
 
     def close(self) -> None:
-        """Returns the pages. A closed trajectory refuses every further call; closing twice is allowed."""
+        """Returns the pages. A closed trajectory cannot be read or extended; closing twice is allowed."""
         if self._closed:
             return
         with self.extending():
@@ -141,6 +145,10 @@ class Trajectory:
             yield
         finally:
             self._extending.release()
+
+    def is_in(self, cache: PagedCache) -> bool:
+        """Whether its pages are those of `cache`."""
+        return self._cache is cache
 
     def run(self, key: PageKey) -> PageRun:
         """The pages under `key`, an empty run at first."""
@@ -171,7 +179,10 @@ class Trajectory:
 
 def token_ids(piece: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
     """Checks token ids from outside: integers of [0, vocab_size), in one dimension."""
-    array = np.asarray(piece)
+    try:
+        array = np.asarray(piece)
+    except ValueError as error:
+        raise InputError(f"token ids must be a flat sequence of integers: {error}") from error
     if array.size == 0:
         return []
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

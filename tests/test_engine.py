@@ -92,7 +92,9 @@ def test_a_stop_string_leaves_the_same_state_whatever_the_block(decode_block):
     assert engine.cache_stats().base.pages_used == pages, "what was decoded beyond the stop holds pages"
 
 
-def test_streaming_is_generating(engine):
+@pytest.mark.parametrize("decode_block", [1, 4])
+def test_streaming_is_generating(decode_block):
+    engine = tiny_engine("base_lr", tokenizer=ascii_tokenizer(), decode_block=decode_block)
     want = engine.generate(QUESTION, "plan", max_new_tokens=11)
     trajectory = engine.trajectory().append(QUESTION)
     pieces = list(engine.stream(trajectory, "plan", max_new_tokens=11))
@@ -263,7 +265,74 @@ def test_a_failure_on_the_device_rolls_the_call_back(engine, monkeypatch):
     assert engine.generate(trajectory, "plan", max_new_tokens=9).token_ids == want
 
 
+def test_the_last_piece_of_a_stream_lets_the_trajectory_go(engine):
+    trajectory = engine.trajectory().append(QUESTION)
+    for piece in engine.stream(trajectory, "plan", max_new_tokens=5):
+        if piece.output:
+            assert trajectory.append([1, 2]).token_ids == QUESTION + piece.output.token_ids + [1, 2]
+
+
+def test_a_stream_the_collector_closes_inside_another_call_waits(engine, monkeypatch):
+    forgotten = engine.trajectory().append(QUESTION)
+    stream = engine.stream(forgotten, "plan", max_new_tokens=30)
+    shown = next(stream).token_ids
+    want = engine.generate(QUESTION, "action", max_new_tokens=9).token_ids
+    decode = engine._executor.decode
+
+    def collected(*args):
+        stream.close()
+        return decode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._executor, "decode", collected)
+        assert engine.generate(QUESTION, "action", max_new_tokens=9).token_ids == want
+    assert engine.generate(QUESTION, "plan", max_new_tokens=2).token_ids
+    assert forgotten.token_ids == QUESTION + shown
+    forgotten.close()
+    assert all_free(engine)
+
+
+def test_forks_of_one_batch_fit_where_they_fit():
+    engine = tiny_engine("full", num_pages=5)
+    trajectory = engine.trajectory().append(QUESTION)  # three pages
+    engine.next_token_logits(trajectory)
+    fork = trajectory.fork()
+    outs = engine.generate([trajectory, fork], [None, None], max_new_tokens=3)  # one copy of the last page
+    assert outs[0].token_ids == outs[1].token_ids
+    assert engine.cache_stats().base.pages_used == 4
+
+
 # Adapters.
+
+
+def test_a_load_that_fails_changes_nothing(engine, monkeypatch):
+    trajectory = engine.trajectory().append(QUESTION)
+    want = engine.next_token_logits(trajectory, "plan")
+
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.numpy, "pad", full)
+        with pytest.raises(OutOfPagesError, match="low-rank"):
+            engine.load_adapter("critic", random_adapter(CONFIG, rank=16, targets=("v",), seed=9))
+    assert engine.agents == ["plan", "action", "reflect"]
+    assert_close(engine.next_token_logits(trajectory, "plan"), want, "equal")
+    engine.load_adapter("critic", random_adapter(CONFIG, rank=16, targets=("v",), seed=9))
+
+
+def test_an_agent_unloaded_meanwhile_is_missed_and_others_keep_their_rows(monkeypatch):
+    engine = tiny_engine("none")
+    want = engine.generate(QUESTION, "action", max_new_tokens=4).token_ids
+    room = engine._room
+
+    def unload_first(trajectory):
+        if "plan" in engine.agents:
+            engine._registry.remove("plan")  # what another thread would do between the checks and the run
+        return room(trajectory)
+
+    monkeypatch.setattr(engine, "_room", unload_first)
+    assert engine.generate(QUESTION, "action", max_new_tokens=4).token_ids == want
 
 
 def test_loading_and_unloading_an_agent(engine):
@@ -329,6 +398,11 @@ def test_bad_prompts_and_agents(engine):
     refused(engine, InputError, "unknown sampling keywords: max_t", lambda: engine.generate(QUESTION, max_tokens=3))
     refused(engine, InputError, "not both", lambda: engine.generate(QUESTION, None, SamplingParams(), seed=3))
     refused(engine, InputError, "roll back 99", lambda: trajectory.rollback(99))
+    refused(engine, InputError, "flat", lambda: trajectory.append([[1, 2], [3]]))
+    refused(engine, AdapterError, "unknown agent", lambda: engine.generate(QUESTION, ["plan"]))
+    foreign = tiny_engine("base_lr").trajectory().append(QUESTION)
+    refused(engine, InputError, "another engine", lambda: engine.generate(foreign, "plan"))
+    refused(engine, InputError, "another engine", lambda: engine.score(foreign, [1], "plan"))
     assert trajectory.token_ids == QUESTION
 
 
@@ -363,6 +437,11 @@ def test_engines_that_cannot_start():
     other = LlamaConfig(2, 64, 96, 4, 2, 16, 128, 64)
     with pytest.raises(AdapterError, match="base"):
         tiny_engine("base_lr", {"plan": random_adapter(other, rank=2, seed=0)})
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_noticed(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text, add_bos: [5, 128])
+    refused(engine, InputError, "128 is outside the vocabulary", lambda: engine.trajectory().append("pad"))
 
 
 def test_text_without_a_tokenizer_is_refused():

@@ -79,6 +79,7 @@ def test_too_many_stop_ids_are_refused():
         {"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"temperature": -1}, {"temperature": float("nan")},
         {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"seed": -1}, {"seed": 2**32}, {"stop": [""]}, {"stop": [3]},
         {"stop_token_ids": [-1]}, {"temperature": "hot"},
+        {"stop": 5}, {"stop_token_ids": ["a"]}, {"stop_token_ids": [2**40]},
     ],
     ids=str,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from rich.console import Console
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, what is going on); 0 steps in all where nobody knows."""
 
-_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def stderr() -> Console:

@@ -22,16 +22,16 @@ def demo(
     """Show every sharing mode on a small real Llama; under two minutes on two CPU cores."""
     from lragent_jax import compilation_cache
     from lragent_jax.cli.replay_table import print_report
-    from lragent_jax.demo import demo_engine, demo_trajectories
+    from lragent_jax.demo import demo_engine, demo_trajectories, find_model
     from lragent_jax.replay import replay as run
 
-    trajectories = demo_trajectories()[:limit]
+    model, trajectories = find_model(), demo_trajectories()[:limit]
     compilation_cache.enable()
     if not json:
         print(_INTRODUCTION, flush=True)
     with progress_bar() as progress:
         progress(0, 0, "reading SmolLM2-135M-Instruct")
-        engine = demo_engine(labelled(progress, "reading SmolLM2-135M-Instruct"))
+        engine = demo_engine(model, labelled(progress, "reading SmolLM2-135M-Instruct"))
         report = run(engine, trajectories, warmup=True, progress=progress)
     if not json:
         print_report(report)

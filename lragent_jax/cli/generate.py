@@ -1,8 +1,10 @@
 """`lragent generate`: one agent goes on from a prompt."""
 
 import dataclasses
+import itertools
 import json as json_module
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +16,7 @@ from lragent_jax.models.errors import InputError
 
 if TYPE_CHECKING:
     from lragent_jax.engine import Engine
-    from lragent_jax.outputs import GenerationOutput
-    from lragent_jax.sampling_params import SamplingParams
-    from lragent_jax.trajectory import Trajectory
+    from lragent_jax.outputs import GenerationOutput, StreamPiece
 
 
 def generate(
@@ -54,6 +54,7 @@ def generate(
     adapters, mode = options.name_path_pairs(adapter, "--adapter"), options.sharing_mode(sharing)
     context = _token_ids(token_ids) if token_ids is not None else _text(prompt, file)
     from lragent_jax import compilation_cache
+    from lragent_jax.compile_watch import CompileWatch
     from lragent_jax.engine import Engine
     from lragent_jax.sampling_params import SamplingParams
 
@@ -73,15 +74,19 @@ def generate(
         engine = engine.with_sharing(mode, **_pool_sizes(engine, len(ids) + max_new_tokens, num_pages))
         trajectory = engine.trajectory().append(ids)
         progress(0, 0, "compiling and generating")
-        output = None if stream else engine.generate(trajectory, agent, params)
+        with CompileWatch() as watch:
+            pieces = engine.stream(trajectory, agent, params) if stream else iter(())
+            begun = list(itertools.islice(pieces, 2))  # behind the second piece nothing is left to compile
+            output = None if stream else engine.generate(trajectory, agent, params)
     if output is None:
-        output = _stream(engine, trajectory, agent, params)
+        output = _print_stream(engine, itertools.chain(begun, pieces))
     elif not json:
         print(_shown(output.text, output.token_ids))
     if json:
         print(json_module.dumps(dataclasses.asdict(output)))
     else:
-        stderr().print(_summary(output), style="dim", highlight=False)
+        summary = _summary(output) + (", compilation included" if watch.num_programs else "")
+        stderr().print(summary, style="dim", highlight=False, soft_wrap=True)
 
 
 def _text(prompt: str | None, file: Path | None) -> str:
@@ -116,11 +121,9 @@ def _pool_sizes(engine: "Engine", num_tokens: int, num_pages: int | None) -> dic
     return {"num_pages": -(-num_tokens // engine.cache_stats().page_size)}
 
 
-def _stream(
-    engine: "Engine", trajectory: "Trajectory", agent: str | None, params: "SamplingParams"
-) -> "GenerationOutput":
+def _print_stream(engine: "Engine", pieces: Iterable["StreamPiece"]) -> "GenerationOutput":
     output = None
-    for piece in engine.stream(trajectory, agent, params):
+    for piece in pieces:
         print(_shown(piece.text if engine.tokenizer else None, piece.token_ids), end="", flush=True)
         output = piece.output
     assert output is not None, "the last piece carries the output"
@@ -139,5 +142,5 @@ def _summary(output: "GenerationOutput") -> str:
         speed = f", then {(len(output.token_ids) - 1) / (output.latency_s - output.ttft_s):.1f} tokens/s"
     return (
         f"{len(output.token_ids)} tokens ({output.finish_reason}), {output.num_prefilled_tokens} prefilled, "
-        f"first token after {output.ttft_s:.2f} s{speed}, compilation included"
+        f"first token after {output.ttft_s:.2f} s{speed}"
     )

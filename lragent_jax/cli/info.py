@@ -62,7 +62,7 @@ def _model(path: Path, adapter_folders: Mapping[str, Path], dtype: str) -> dict[
         "kind": kind.value,
         "path": str(path),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"eos_token_ids": list(config.eos_token_ids)},
         "adapters": {name: _figures(adapter, config) for name, adapter in adapters.items()},
         "cache_dtype": dtype,
         "cache_bytes_per_token": {

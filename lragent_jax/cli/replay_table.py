@@ -1,27 +1,32 @@
 """A replay's report as a table."""
 
-from typing import TYPE_CHECKING
-
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from lragent_jax.replay_report import ReplayReport
+from lragent_jax.replay_report import DECODED_TOKENS, ReplayReport
 
 
-def print_report(report: "ReplayReport") -> None:
-    """The table of modes on standard output, with what was left out below it."""
+def print_report(report: ReplayReport) -> None:
+    """The table of modes on standard output, and below it what its columns mean and what was left out."""
+    table = Table(
+        title=_title(report),
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = (
         "sharing",
         "tokens\nprefilled",
-        "tokens read\nfrom cache",
+        "from\ncache",
         "cache\nbytes",
-        "time to first\ntoken (s)",
-        "tokens\nper second",
-        f"top-1 as\nin {report.reference}",
-        f"KL from {report.reference}\n(nats)",
+        "to first\ntoken (s)",
+        "tokens\nper s",
+        f"top-1 as\n{report.reference}",
+        f"KL from\n{report.reference}",
     )
-    table = Table(title=_title(report), title_justify="left", title_style="")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for mode, figures in report.modes.items():
@@ -33,18 +38,23 @@ def print_report(report: "ReplayReport") -> None:
             f"{figures.ttft_s:.2f}",
             f"{figures.tokens_per_s:.1f}",
             f"{100 * figures.top1_agreement:.1f} %",
-            f"{figures.kl:.2e}",
+            f"{figures.kl:.1e}",
         )
-    # A table that is not shown but piped must not lose columns to a terminal's width.
     console = Console()
     if not console.is_terminal:
-        console.width = 140
+        console.width = 120  # no terminal, no reason to squeeze large numbers
     console.print(table)
-    for note in report.notes:
-        console.print(note, markup=False, highlight=False)
+    for line in (*_LEGEND, *report.notes):
+        console.print(line, markup=False, highlight=False)
 
 
-def _title(report: "ReplayReport") -> str:
+_LEGEND = (
+    "Tokens and seconds to the first token are sums over all calls; cache bytes are those of the largest trajectory.",
+    f"Tokens per second: one call of {DECODED_TOKENS} tokens. KL in nats, a mean over the recorded outputs' positions.",
+)
+
+
+def _title(report: ReplayReport) -> str:
     trajectories = f"{report.num_trajectories} trajector{'y' if report.num_trajectories == 1 else 'ies'}"
     return (
         f"{trajectories}, {report.num_tokens:,} tokens, of which {report.num_output_tokens:,} in {report.num_outputs} "

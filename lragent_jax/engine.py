@@ -16,6 +16,7 @@ import numpy as np
 
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.batch import Batch
+from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, per_row
 from lragent_jax.executor import Executor
 from lragent_jax.generated_row import GeneratedRow
 from lragent_jax.models.adapter import Adapter, random_adapter
@@ -36,9 +37,6 @@ from lragent_jax.trajectory import LiveTrajectories, Trajectory
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, what is going on), called from long work."""
 
-Ids = Sequence[int] | np.ndarray
-Prompt = Trajectory | str | Ids
-
 
 class Engine:
     """One Llama, its adapters, and the caches that they share.
@@ -58,7 +56,7 @@ class Engine:
         **options: Any,
     ):
         """`options` are the fields of `EngineOptions`."""
-        self.config, self.tokenizer, self.options = config, tokenizer, _options(options)
+        self.config, self.tokenizer, self.options = config, tokenizer, EngineOptions.from_keywords(options)
         self._sharing = Sharing(self.options.sharing)
         dtype = jax.tree.leaves(params)[0].dtype
         self._registry = AdapterRegistry(
@@ -107,7 +105,7 @@ class Engine:
         name to a PEFT folder or an Orbax one. `options` are the fields of `EngineOptions`. Raises `CheckpointError`,
         `ConfigError`, `AdapterError` or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
-        wanted, _ = _dtype(dtype), _options(options)
+        wanted, _ = _dtype(dtype), EngineOptions.from_keywords(options)
         config, tokenizer = read_config(model), load_tokenizer(model)
         loaded = {
             name: source if isinstance(source, Adapter) else read_adapter(source, config)
@@ -135,7 +133,7 @@ class Engine:
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
-        wanted, _ = _dtype(dtype), _options(options)
+        wanted, _ = _dtype(dtype), EngineOptions.from_keywords(options)
         config = LlamaConfig.preset(preset)
         adapters = {
             agent: random_adapter(
@@ -236,11 +234,11 @@ class Engine:
         `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed; whatever else
         goes wrong on the way, no token joins.
         """
-        if not _is_batch(prompt):
-            return self._generate([prompt], [agent], [_one_params(params, sampling)])[0]
+        if not is_batch(prompt):
+            return self._generate([prompt], [agent], [one_params(params, sampling)])[0]
         count = len(prompt)
-        rows = params if isinstance(params, list | tuple) else _one_params(params, sampling)
-        return self._generate(list(prompt), _per_row(agent, count, "agent"), _per_row(rows, count, "params"))
+        rows = params if isinstance(params, list | tuple) else one_params(params, sampling)
+        return self._generate(list(prompt), per_row(agent, count, "agent"), per_row(rows, count, "params"))
 
     def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
@@ -249,7 +247,7 @@ class Engine:
 
         A caller that stops early keeps in the trajectory what it was given.
         """
-        one = _one_params(params, sampling)
+        one = one_params(params, sampling)
         num_shown = 0
         piece = StreamPiece("", [])
         with self._batch([prompt], [agent], [one]) as batch:
@@ -460,41 +458,6 @@ class Engine:
 
 _STREAM_STEPS = 4
 """Tokens between two pieces: enough to hide the host's work, few enough to look alive."""
-
-
-def _is_batch(prompt) -> bool:
-    """A list of prompts, as against one: text, a trajectory, or a flat sequence of ids."""
-    if isinstance(prompt, str | Trajectory | np.ndarray):
-        return False
-    if not isinstance(prompt, list | tuple):
-        raise InputError(f"a prompt is a trajectory, text, token ids, or a list of them, not {type(prompt).__name__}")
-    return not prompt or not all(isinstance(item, int | np.integer) for item in prompt)
-
-
-def _per_row(value, count: int, what: str) -> list:
-    """A value for every row: one for all, or a list of as many."""
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise InputError(f"{len(value)} values of {what} for {count} prompts")
-    return list(value)
-
-
-def _one_params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
-    if params is not None and sampling:
-        raise InputError(f"give either params or keywords, not both ({', '.join(sampling)})")
-    unknown = set(sampling) - {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown:
-        raise InputError(f"unknown sampling keywords: {', '.join(sorted(unknown))}")
-    return params or SamplingParams(**sampling)
-
-
-def _options(options: dict[str, Any]) -> EngineOptions:
-    """Checks the options, unknown ones included."""
-    known = [field.name for field in dataclasses.fields(EngineOptions)]
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"unknown engine options: {', '.join(unknown)}; there are: {', '.join(known)}")
-    return EngineOptions(**options)
 
 
 def _dtype(name: str):

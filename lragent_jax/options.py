@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -36,6 +37,14 @@ class EngineOptions:
     prefill_buckets: Sequence[int] | None = None
     decode_block: int = 16
     implementation: str | None = None
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> "EngineOptions":
+        """`EngineOptions(**keywords)`, with an `InputError` for keywords that do not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(keywords) - set(known)):
+            raise InputError(f"unknown engine options: {', '.join(unknown)}; there are: {', '.join(known)}")
+        return cls(**keywords)
 
     def __post_init__(self):
         Sharing(self.sharing)

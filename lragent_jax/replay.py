@@ -115,6 +115,7 @@ class _Replayer:
         self._engine, self._agents, self._pool_sizes = engine, agents, pool_sizes
         self._progress = progress or (lambda done, total, what: None)
         self._num_done = 0
+        self._num_shown = 0  # never goes back, though a run that compiled is repeated
         self.num_calls = 0
 
     def warmup(self, modes: Sequence[SharingMode]) -> None:
@@ -153,7 +154,7 @@ class _Replayer:
                 if part.role is None:
                     trajectory.append(part.ids)
                     continue
-                self._progress(self._num_done, self.num_calls, what)
+                self._show(what)
                 out = engine.score_output(trajectory, part.ids, agent=self._agents[part.role])
                 run.logits.append(out.logits)
                 run.prefilled_tokens += out.num_prefilled_tokens
@@ -167,8 +168,12 @@ class _Replayer:
                 params = SamplingParams(max_new_tokens=DECODED_TOKENS, ignore_eos=True)
                 generated = engine.generate(trajectory, self._agents[last], params)
                 run.tokens_per_s = (DECODED_TOKENS - 1) / (generated.latency_s - generated.ttft_s)
-        self._progress(self._num_done, self.num_calls, what)
+        self._show(what)
         return run
+
+    def _show(self, what: str) -> None:
+        self._num_shown = max(self._num_shown, self._num_done)
+        self._progress(self._num_shown, self.num_calls, what)
 
 
 def _checked_modes(modes: Sequence[SharingMode], reference: SharingMode) -> list[SharingMode]:

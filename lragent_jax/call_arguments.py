@@ -1,0 +1,41 @@
+"""What callers may pass to the engine's calls: one prompt or several, parameters or keywords."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lragent_jax.models.errors import InputError
+from lragent_jax.sampling_params import SamplingParams
+from lragent_jax.trajectory import Trajectory
+
+Ids = Sequence[int] | np.ndarray
+Prompt = Trajectory | str | Ids
+
+
+def is_batch(prompt) -> bool:
+    """A list of prompts, as against one: text, a trajectory, or a flat sequence of ids."""
+    if isinstance(prompt, str | Trajectory | np.ndarray):
+        return False
+    if not isinstance(prompt, list | tuple):
+        raise InputError(f"a prompt is a trajectory, text, token ids, or a list of them, not {type(prompt).__name__}")
+    return not prompt or not all(isinstance(item, int | np.integer) for item in prompt)
+
+
+def per_row(value, count: int, what: str) -> list:
+    """A value for every row: one for all, or a list of as many."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise InputError(f"{len(value)} values of {what} for {count} prompts")
+    return list(value)
+
+
+def one_params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
+    if params is not None and sampling:
+        raise InputError(f"give either params or keywords, not both ({', '.join(sampling)})")
+    unknown = set(sampling) - {field.name for field in dataclasses.fields(SamplingParams)}
+    if unknown:
+        raise InputError(f"unknown sampling keywords: {', '.join(sorted(unknown))}")
+    return params or SamplingParams(**sampling)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import parity_cases as cases
@@ -22,9 +23,10 @@ class TorchModel:
     """A Hugging Face folder and PEFT folders by agent, run by the libraries themselves."""
 
     def __init__(self, folder: Path, adapters: Mapping[str, Path]):
-        self.base, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+        self.base, loading = loaded
         assert not any(loading.values()), f"transformers did not take the folder as it is: {loading}"
         self.base.eval()
         self.peft = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -41,7 +40,7 @@ def replay(
     second run counts. `warmup` compiles every program beforehand instead, which is cheaper where they are few.
 
     Raises `InputError` before anything is run: no tokenizer, an unknown mode or role, a role without an agent, a
-    trajectory that is too long. Host memory: the reference's logits of one trajectory.
+    trajectory that is too long. Host memory: the logits of one trajectory's outputs, twice.
     """
     modes = _checked_modes(modes, reference)
     recordings = _recordings(engine, trajectories, max_tokens)
@@ -119,21 +118,10 @@ class _Replayer:
         self.num_calls = 0
 
     def warmup(self, modes: Sequence[SharingMode]) -> None:
-        """Compiles for all modes. Merged and split ones share no program: two threads compile for them at once."""
-        steps: dict[bool, tuple[int, int]] = {}
-
-        def warm(merged: bool) -> None:
-            for mode in modes:
-                if Sharing(mode).merged == merged:
-                    self._make(mode).warmup(progress=lambda done, total, what: show(merged, done, total))
-
-        def show(merged: bool, done: int, total: int) -> None:
-            steps[merged] = done, total
-            done, total = map(sum, zip(*steps.values(), strict=True))
-            self._progress(done, total, "compiling")
-
-        with ThreadPoolExecutor(max_workers=2) as threads:
-            list(threads.map(warm, (True, False)))
+        for mode in modes:
+            self._make(mode).warmup(
+                progress=lambda done, total, what, mode=mode: self._progress(done, total, f"compiling for {mode}")
+            )
 
     def run(self, mode: SharingMode, recording: Recording, what: str, measure_decoding: bool) -> _Run:
         engine, num_done = self._make(mode), self._num_done

@@ -119,7 +119,7 @@ class _Replayer:
         self.num_calls = 0
 
     def warmup(self, modes: Sequence[SharingMode]) -> None:
-        """Compiles for all modes. Merged and split ones share no program: a thread each, a fifth sooner on two cores."""
+        """Compiles for all modes. Merged and split ones share no program: a thread each saves a fifth on two cores."""
         steps: dict[bool, tuple[int, int]] = {}
 
         def warm(merged: bool) -> None:

@@ -18,13 +18,14 @@ DEMO_MODEL_VERSION = 0.1.2
 CREATED = $(VENV)/.created
 CORE = $(VENV)/.installed-core
 DEV = $(VENV)/.installed-dev
+AOT = $(VENV)/.installed-aot
 PARITY = $(VENV)/.installed-parity
 DEMO = $(VENV)/.installed-$(DEMO_MODEL)-$(DEMO_MODEL_VERSION)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-parity test-all lint format clean FORCE
+.PHONY: help demo test test-aot aot-tests test-parity test-all lint format clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' $(MAKEFILE_LIST)
@@ -33,7 +34,15 @@ demo: $(CORE) $(DEMO)  ## three agents over one small Llama, in every sharing mo
 	@$(BIN)/lragent demo $(ARGS)
 
 test: $(DEV)  ## the test suite
-	$(PYTEST) -m "not parity" -n $(WORKERS) $(ARGS)
+	$(PYTEST) -m "not parity and not aot" -n $(WORKERS) $(ARGS)
+
+# Where the plugins for GPUs and TPUs are installed and their devices are not there, JAX complains whenever it starts:
+# they get an environment of their own. XLA_FLAGS is set, if to nothing, so that tests/conftest.py turns no optimiser off.
+test-aot:  ## compiles the kernels for GPUs and TPUs that are not there; installs those compilers into .venv-aot
+	@$(MAKE) --no-print-directory aot-tests VENV=$(VENV)-aot
+
+aot-tests: $(AOT)
+	JAX_PLATFORMS=cpu XLA_FLAGS="$$XLA_FLAGS" $(PYTEST) -m aot -n $(WORKERS) $(ARGS)
 
 test-parity: $(PARITY)  ## live comparison with transformers and PEFT; installs torch
 	@$(BIN)/python -c "import peft, torch, transformers"
@@ -95,6 +104,11 @@ $(DEV): pyproject.toml $(CREATED)
 	@echo "Installing lragent-jax and its development tools into $(VENV) (the first time: a minute or two)"
 	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $(CORE) $@
+
+$(AOT): pyproject.toml $(CREATED)
+	@echo "Installing lragent-jax, its development tools and the compilers into $(VENV) (the first time: some minutes)"
+	@$(PIP_INSTALL) --editable ".[dev,aot]"
+	@touch $(CORE) $(DEV) $@
 
 $(PARITY): pyproject.toml $(CREATED)
 	@echo "Installing lragent-jax, its development tools, torch and PEFT into $(VENV) (the first time: some minutes)"

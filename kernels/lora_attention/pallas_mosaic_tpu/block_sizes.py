@@ -13,7 +13,7 @@ VMEM_LIMIT = 48 * MIB
 class BlockSizes:
     """block_q: query tokens per program in prefill, a power of two ≥ 16; rows_per_item: batch rows per program in
     decode, a power of two; block_kv: keys that lie in VMEM at a time (twice: one block is read while the other is
-    worked on), a positive multiple of 128; at run time cut to whole pages, at least one."""
+    worked on), a positive multiple of 8; at run time cut to whole pages, at least one."""
 
     block_q: int
     rows_per_item: int
@@ -24,8 +24,8 @@ class BlockSizes:
             size = getattr(self, field)
             if size < least or size & (size - 1):
                 raise ValueError(f"{field} is {size}; it must be a power of two, at least {least}")
-        if self.block_kv <= 0 or self.block_kv % LANES:
-            raise ValueError(f"block_kv is {self.block_kv}; it must be a positive multiple of {LANES}")
+        if self.block_kv <= 0 or self.block_kv % 8:
+            raise ValueError(f"block_kv is {self.block_kv}; it must be a positive multiple of 8")
 
 
 def next_power(n: int) -> int:

@@ -72,6 +72,9 @@ class Config:
             "low_rank_v": pltpu.VMEM((2, n, R, self.r_v, p), self.dtype) if self.r_v else None,
             "low_rank_k": pltpu.VMEM((2, n, R, self.r_k, p), self.dtype) if self.r_k else None,
             "b_k": pltpu.VMEM((R, K, self.r_k, self.H), self.dtype) if self.r_k else None,
+            "cos": f32(self.H // 2, self.block) if self.r_k else None,
+            "sin": f32(self.H // 2, self.block) if self.r_k else None,
+            "scores": f32(self.rows, self.block) if self.r_k else None,
             "o": f32(K, self.rows, self.width),
             "o_lr": f32(K, self.rows, R * self.r_v) if self.r_v else None,
             "m": f32(K, self.rows, LANES),
@@ -208,13 +211,12 @@ class Item:
     def attend_block(self, block, limits):
         """One block of keys; `limits` is None where every query sees every key of it."""
         c, half, first_key = self.c, block % 2, (self.first + block * self.c.n) * self.c.p
-        rotation = self.rotation(first_key) if c.r_k else None
         together = c.heads_at_once
+        if c.r_k:
+            self.rotate_block(first_key)
 
         def heads(group, _):
-            parts = [
-                self.attend_head(group * together + j, half, first_key, limits, rotation) for j in range(together)
-            ]
+            parts = [self.attend_head(group * together + j, half, first_key, limits) for j in range(together)]
             if c.r_v:
                 probs, rescales = zip(*parts, strict=True)
                 self.add_low_rank(group * together, probs, rescales, half, first_key, limits is not None)
@@ -225,15 +227,16 @@ class Item:
         else:
             lax.fori_loop(0, c.K // together, heads, 0)
 
-    def attend_head(self, h, half, first_key, limits, rotation):
+    def attend_head(self, h, half, first_key, limits):
         """Adds a block to o, m and l of kv head h. Returns the probabilities and what older sums were scaled with."""
         c, s = self.c, self.s
-        q = self.query(h)  # [rows, width]
+        if c.r_k:  # before anything is loaded: branches between loads and their use bring the compiler for v6e down
+            self.low_rank_scores(h, half)
         kv = s["base"][half, :, h].reshape(c.block, 2 * c.H)
         k = kv if c.H < LANES else kv[:, : c.H]
-        scores = matmul(q, k, TRANSPOSED)
-        if rotation is not None:
-            scores = self.add_low_rank_scores(scores, q, h, half, rotation)
+        scores = matmul(self.query(h), k, TRANSPOSED)
+        if c.r_k:
+            scores += s["scores"][...]
         scores *= c.sm_scale * LOG2_E
         if limits is not None:
             keys = first_key + lax.broadcasted_iota(jnp.int32, (c.rows, c.block), 1)
@@ -253,6 +256,7 @@ class Item:
         return probs, rescale
 
     def query(self, h):
+        """[rows, width]"""
         return self.q[0, h].reshape(self.c.rows, self.c.width)
 
     def add_low_rank(self, h, probs, rescales, half, first_key, masked: bool):
@@ -278,40 +282,32 @@ class Item:
 
         pl.when(self.items.any_reader[self.i] > 0)(add)
 
-    def rotation(self, first_key):
-        """cos and sin of a block's positions, f32 [H/2, keys] each."""
-        c = self.c
-        keys = first_key + lax.broadcasted_iota(jnp.int32, (c.H // 2, c.block), 1)
+    def rotate_block(self, first_key):
+        """Leaves cos and sin of a block's positions in scratch, [H/2, keys] each."""
+        keys = first_key + lax.broadcasted_iota(jnp.int32, (self.c.H // 2, self.c.block), 1)
         angles = keys.astype(jnp.float32) * self.inv_freq[:, :1]
-        return jnp.cos(angles), jnp.sin(angles)
+        self.s["cos"][...], self.s["sin"][...] = jnp.cos(angles), jnp.sin(angles)
 
-    def add_low_rank_scores(self, scores, q, h, half, rotation):
-        """Adds q RoPE(L B)ᵀ: for every slot that expands keys, to its rows and those that read the same.
+    def low_rank_scores(self, h, half):
+        """Leaves q RoPE(L B)ᵀ in scratch: of every slot that expands keys, for its rows and those that read the same.
 
         Everything lies with tokens on the lanes, as the low-rank pages do: Bᵀ L is [H, keys], and so is its rotation.
         """
         c, s = self.c, self.s
-        cos, sin = rotation
-        expander_of_row = self.per_row(self.items.expanders, missing=-1)
+        s["scores"][...] = jnp.zeros(s["scores"].shape, jnp.float32)
 
-        def add(slot, scores):
-            b = s["b_k"][slot, h]  # [r_k, H]
-            low_rank = jnp.concatenate([s["low_rank_k"][half, t, self.reader(slot)] for t in range(c.n)], axis=1)
-            expanded = matmul(b, low_rank, ((0,), (0,)))
-            low, high = expanded[: c.H // 2], expanded[c.H // 2 :]
+        def add(slot):
+            pages = [s["low_rank_k"][half, t, self.reader(slot)] for t in range(c.n)]
+            expanded = matmul(s["b_k"][slot, h], jnp.concatenate(pages, axis=1), ((0,), (0,)))
+            low, high, cos, sin = expanded[: c.H // 2], expanded[c.H // 2 :], s["cos"][...], s["sin"][...]
             parts = [low * cos - high * sin, high * cos + low * sin]
             if c.H < c.width:
                 parts.append(jnp.zeros((c.width - c.H, c.block), jnp.float32))
             keys = jnp.concatenate(parts, axis=0).astype(c.dtype)
-            return jnp.where(expander_of_row == slot, scores + matmul(q, keys), scores)
+            own = self.per_row(self.items.expanders, missing=-1) == slot
+            s["scores"][...] += jnp.where(own, matmul(self.query(h), keys), 0.0)
 
-        def add_if_first(slot, scores):
-            first = self.slot_scalar(self.items.expanders, slot) == slot
-            return lax.cond(first, lambda x: add(slot, x), lambda x: x, scores)
-
-        if c.R == 1:
-            return add_if_first(0, scores)
-        return lax.fori_loop(0, c.R, add_if_first, scores)
+        self.for_slots(self.items.expanders, add)
 
     def reader(self, slot):
         return jnp.maximum(self.slot_scalar(self.items.readers, slot), 0)

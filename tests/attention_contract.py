@@ -212,13 +212,20 @@ class AttentionContract:
         """A part of the reason with which it must raise NotImplementedError; None where it must run."""
         return None
 
+    def adapt(self, case: Case) -> Case:
+        """The case as this implementation can take it: another dtype, head dim or page size."""
+        return case
+
+    def case(self, name: str) -> Case:
+        return self.adapt(BY_NAME[name])
+
     def run(self, x: Inputs, **kwargs):
         args, keywords = arguments(x)
         return lora_attention(*args, **keywords, **kwargs, implementation=self.implementation)
 
     def run_case(self, name: str, garbage: float = np.nan):
-        reason = self.refuses(BY_NAME[name])
-        x = make_inputs(BY_NAME[name], garbage)
+        reason = self.refuses(self.case(name))
+        x = make_inputs(self.case(name), garbage)
         if reason is None:
             return self.run(x, return_lse=True)
         with pytest.raises(NotImplementedError, match=reason):
@@ -228,9 +235,9 @@ class AttentionContract:
     @pytest.mark.parametrize("name", BY_NAME)
     def test_equals_the_oracle_amid_nan(self, name):
         o, lse = self.run_case(name)
-        x = make_inputs(BY_NAME[name])
+        x = make_inputs(self.case(name))
         assert (o.dtype, lse.dtype) == (x.q.dtype, jnp.float32)
-        check(BY_NAME[name], (o, lse), oracle(x))
+        check(self.case(name), (o, lse), oracle(x))
 
     @pytest.mark.parametrize("name", ["decode, agents on one prefix", "prefill, ragged", "low-rank keys", "float16"])
     def test_what_may_not_be_read_changes_no_bit(self, name):
@@ -239,18 +246,18 @@ class AttentionContract:
 
     def test_lse_is_returned_on_request_only(self):
         o, _ = self.run_case("decode")
-        np.testing.assert_array_equal(np.asarray(self.run(make_inputs(BY_NAME["decode"]))), np.asarray(o))
+        np.testing.assert_array_equal(np.asarray(self.run(make_inputs(self.case("decode")))), np.asarray(o))
 
     def test_prefill_equals_decode_steps(self):
-        case = BY_NAME["low-rank keys"]
+        case = self.case("low-rank keys")
         x = make_inputs(case)
         together, _ = self.run_case(case.name)
         for t in range(case.T):
             step = x._replace(q=x.q[:, t : t + 1], q_starts=x.q_starts + np.int32(t))
-            assert_close(self.run(step), together[:, t : t + 1], "attention")
+            assert_close(self.run(step), together[:, t : t + 1], "attention", case.dtype)
 
     def test_data_does_not_recompile(self):
-        x = make_inputs(BY_NAME["prefill, ragged"])
+        x = make_inputs(self.case("prefill, ragged"))
         traces = []
 
         @jax.jit
@@ -264,11 +271,11 @@ class AttentionContract:
             per_row = {name: getattr(x, name)[rows] for name in ("q", "base_table", "low_rank_table", "q_starts")}
             x = x._replace(**per_row, kv_lens=x.kv_lens[rows], adapter_ids=x.adapter_ids[rows])
             args, keywords = arguments(x)
-            check(BY_NAME["prefill, ragged"], attend(args, keywords["rope_inv_freq"]), oracle(x))
+            check(self.case("prefill, ragged"), attend(args, keywords["rope_inv_freq"]), oracle(x))
         assert len(traces) == 1
 
     def test_an_adapter_that_does_not_exist_is_nan_under_jit(self):
-        x = make_inputs(BY_NAME["prefill, ragged"], garbage=0.0)
+        x = make_inputs(self.case("prefill, ragged"), garbage=0.0)
         args, keywords = arguments(x)
         attend = jax.jit(lambda *args: lora_attention(*args, **keywords, implementation=self.implementation))
         for unknown in (-1, max(x.adapter_ids) + 2, 2**31 - 1):
@@ -277,6 +284,6 @@ class AttentionContract:
             assert not np.isnan(np.delete(o, 1, axis=0)).any()
 
     def test_the_program_names_it(self):
-        args, keywords = arguments(make_inputs(BY_NAME["decode"]))
+        args, keywords = arguments(make_inputs(self.case("decode")))
         attend = jax.jit(lambda *args: lora_attention(*args, **keywords, implementation=self.implementation))
         assert f"lora_attention_{self.implementation}/" in attend.lower(*args).as_text(debug_info=True)

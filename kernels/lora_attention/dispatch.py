@@ -24,6 +24,9 @@ class Implementation:
 
 # In order of preference.
 IMPLEMENTATIONS = (
+    Implementation("pallas_mosaic_gpu", platforms=("gpu",)),
+    Implementation("pallas_triton", platforms=("gpu",)),
+    Implementation("pallas_mosaic_tpu", platforms=("tpu",)),
     Implementation("xla", platforms=("cpu", "gpu", "tpu")),
     Implementation("reference", platforms=()),
 )

@@ -174,10 +174,11 @@ class Softmax(NamedTuple):
             probs = jnp.where(seen, probs, 0.0)
         sums = self.l * rescale + jnp.sum(probs, axis=1)
         probs = probs.astype(v.dtype)
-        o = self.o * rescale[:, None] + s.dot(probs, v)
         o_lr = self.o_lr
         if o_lr is not None:
             o_lr = o_lr * rescale[:, None] + s.dot(probs, low_rank_v, trans_b=True)
+        # Last, since Triton spreads warps over all products as suits the last one: over lanes, not over few rows.
+        o = self.o * rescale[:, None] + s.dot(probs, v)
         return Softmax(o, o_lr, m, sums)
 
 
@@ -186,14 +187,11 @@ def iota(size: int):
 
 
 def page_ids(table_ref, row, start, end, s: Statics) -> list:
-    """Ids of the block's pages, as scalars; 0 for pages that begin at or behind `end` (None: there are none such)."""
+    """Ids of the pages of the block at `start`, as scalars; 0 for pages that begin at or behind `end`."""
     first, ids = lax.div(start, s.p), []
     for i in range(max(1, s.block_kv // s.p)):
-        if end is None:
-            ids.append(table_ref[row, first + i])
-        else:
-            column = jnp.minimum(first + i, table_ref.shape[1] - 1)
-            ids.append(jnp.where((first + i) * s.p < end, table_ref[row, column], 0))
+        column = jnp.minimum(first + i, table_ref.shape[1] - 1)
+        ids.append(jnp.where((first + i) * s.p < end, table_ref[row, column], 0))
     return ids
 
 
@@ -236,8 +234,11 @@ def load_base(x: Operands, head, pages, at, lanes: tuple[int, int], mask):
     return masked_load(ref, below(lane, size), None if mask is None else mask[:, None])
 
 
-def load_low_rank(pool_ref, table_ref, readers: list[Reader], start, masked: bool, s: Statics):
-    """[readers · r, S]: the readers' low-rank slots one below the other, ranks padded; 0 where a reader has none."""
+def load_low_rank(pool_ref, ids: list[list], readers: list[Reader], start, masked: bool, s: Statics):
+    """[readers · r, S]: the readers' low-rank slots one below the other, ranks padded; 0 where a reader has none.
+
+    ids: of the block's pages, per reader.
+    """
     rank = pool_ref.shape[1]
     row = iota(len(readers) * padded(rank))[:, None]
     own, keys = lax.div(row, padded(rank)), (start + iota(s.block_kv))[None]
@@ -245,7 +246,7 @@ def load_low_rank(pool_ref, table_ref, readers: list[Reader], start, masked: boo
     def own_value(values):
         return functools.reduce(lambda a, b: jnp.where(own == b[0], b[1], a), enumerate(values[1:], 1), values[0])
 
-    pages = [by_key(page_ids(table_ref, u.row, start, u.end if masked else None, s), s)[None] for u in readers]
+    pages = [by_key(own_ids, s)[None] for own_ids in ids]
     ref = pool_ref.at[own_value(pages), lax.rem(row, padded(rank)), slots(start, s)[None]]
     fits = None if padded(rank) == rank else lax.rem(row, padded(rank)) < rank
     tile = masked_load(ref, jnp.broadcast_to(own_value([u.on for u in readers]), row.shape), fits)
@@ -268,13 +269,13 @@ def turn(low, high, cos, sin):
     return low * cos - high * sin, high * cos + low * sin
 
 
-def expanded_keys(x: Operands, head, reader: Reader, keys, start, masked: bool, s: Statics):
-    """The block's keys, K + RoPE(L B), in two halves of their lanes.
+def expanded_keys(x: Operands, head, reader: Reader, ids: list, keys, start, masked: bool, s: Statics):
+    """The block's keys, K + RoPE(L B), in two halves of their lanes. ids: of the reader's low-rank pages.
 
     A rotation by start + i is one by start, which turns the few rows of B, and then one by i, the same in every block.
     """
     assert x.low_rank is not None and x.lora_b is not None and x.inv_freq is not None
-    low_rank = load_low_rank(x.low_rank.k, x.page_table.low_rank, [reader], start, masked, s)
+    low_rank = load_low_rank(x.low_rank.k, [ids], [reader], start, masked, s)
     lane = iota(padded(s.H // 2))
     inv_freq = masked_load(x.inv_freq.at[lane], below(lane, s.H // 2))
     b = (load_b(x.lora_b.k, reader.adapter, head, lanes, reader.on) for lanes in s.lanes)
@@ -290,35 +291,43 @@ def score(q: list, keys: list, s: Statics):
     return functools.reduce(jnp.add, (s.dot(*pair, trans_b=True) for pair in zip(q, keys, strict=True)))
 
 
-def attend(x: Operands, head, q: list, limits, span: Span, readers: list[Reader], expand, s: Statics) -> Softmax:
+def attend(
+    x: Operands, head, q: list, limits, span: Span, readers: list[Reader], expand, s: Statics, *, split: bool
+) -> Softmax:
     """Streams `span` past the queries q (pieces of [M, H]); row i of them sees keys at positions < limits[i].
 
-    readers: whose low-rank values to accumulate, side by side. expand: (keys, block's start, masked) -> scores.
+    readers: whose low-rank pages are read; their values are accumulated side by side. expand: (keys, ids of the first
+    reader's pages, start, masked) -> scores. split: whether blocks that all queries see get a loop without masks.
     """
 
-    def block(masked, turn_of_loop, state):
+    def ids_at(start):
+        tables = [(x.page_table.base, span.row, span.end)]
+        tables += [(x.page_table.low_rank, reader.row, reader.end) for reader in readers]
+        return [page_ids(*table, start, end, s) for *table, end in tables]
+
+    def block(masked, turn_of_loop, carry):
+        state, (ids, *low_rank_ids) = carry
         start = span.start + turn_of_loop * s.block_kv
-        keys = start + iota(s.block_kv)
-        pages = by_key(page_ids(x.page_table.base, span.row, start, span.end if masked else None, s), s)
-        at, held = slots(start, s), keys < span.end if masked else None
+        keys, pages, at = start + iota(s.block_kv), by_key(ids, s), slots(start, s)
+        held = keys < span.end if masked else None
         k = [load_base(x, head, pages, at, lanes, held) for lanes in s.lanes]
         v = load_base(x, head, pages, at, (s.H, s.H), held)
-        low_rank_v = None
-        if s.r_v:
-            low_rank_v = load_low_rank(x.low_rank.v, x.page_table.low_rank, readers, start, masked, s)
-        scores = expand(k, start, masked) if s.r_k else score(q, k, s)
+        low_rank_v = load_low_rank(x.low_rank.v, low_rank_ids, readers, start, masked, s) if s.r_v else None
+        scores = expand(k, low_rank_ids and low_rank_ids[0], start, masked) if s.r_k else score(q, k, s)
         seen = keys[None] < limits[:, None] if masked else None
-        return state.add(scores, seen, v, low_rank_v, s)
+        # The next block's ids are read here: were they read where they are needed, Triton would take the table for one
+        # more level of loads to pipeline.
+        return state.add(scores, seen, v, low_rank_v, s), ids_at(start + s.block_kv)
 
     M = limits.shape[0]
     o_lr = jnp.zeros((M, len(readers) * padded(s.r_v)), jnp.float32) if s.r_v else None
-    state = Softmax(
-        jnp.zeros((M, padded(s.H)), jnp.float32), o_lr, jnp.full((M,), UNSEEN), jnp.zeros((M,), jnp.float32)
-    )
-    num_full = lax.div(jnp.maximum(span.full - span.start, 0), s.block_kv)
+    zeros = jnp.zeros((M, padded(s.H)), jnp.float32)
+    carry = Softmax(zeros, o_lr, jnp.full((M,), UNSEEN), jnp.zeros((M,), jnp.float32)), ids_at(span.start)
+    num_full = lax.div(jnp.maximum(span.full - span.start, 0), s.block_kv) if split else jnp.int32(0)
     num_blocks = lax.div(jnp.maximum(span.end - span.start, 0) + s.block_kv - 1, s.block_kv)
-    state = lax.fori_loop(0, num_full, functools.partial(block, False), state)
-    return lax.fori_loop(num_full, num_blocks, functools.partial(block, True), state)
+    if split:
+        carry = lax.fori_loop(0, num_full, functools.partial(block, False), carry)
+    return lax.fori_loop(num_full, num_blocks, functools.partial(block, True), carry)[0]
 
 
 def prefill_kernel(x: Operands, o_ref, lse_ref, *, s: Statics, block_q: int):
@@ -339,8 +348,8 @@ def prefill_kernel(x: Operands, o_ref, lse_ref, *, s: Statics, block_q: int):
         adapter = x.adapter_ids[b]
         reader = Reader(b, adapter, end, (adapter > 0) & (adapter < num_adapters(x)))
         readers = [reader]
-        expand = lambda k, start, masked: score(q, expanded_keys(x, head, reader, k, start, masked, s), s)
-    state = attend(x, head, q, jnp.minimum(positions + 1, kv_len), span, readers, expand, s)
+        expand = lambda k, ids, start, masked: score(q, expanded_keys(x, head, reader, ids, k, start, masked, s), s)
+    state = attend(x, head, q, jnp.minimum(positions + 1, kv_len), span, readers, expand, s, split=True)
 
     o, lane = state.o, iota(padded(s.H))[None]
     if s.r_v:
@@ -408,33 +417,32 @@ def decode_item(x: Operands, plan: DecodePlan, partial_refs, head, item, start, 
 
     def reader(u, classes, on):
         b = lax.div(jnp.maximum(plan.rows[item, u], 0), T)
-        keys = jnp.max(jnp.where(classes == u, limits, 0))
-        return Reader(b, x.adapter_ids[b], keys, on)
+        return Reader(b, x.adapter_ids[b], jnp.max(jnp.where(classes == u, limits, 0)), on)
 
     def one_reader():
-        last_reader, last_expander = jnp.max(reader_of), jnp.max(expander_of)
-        readers = []
-        if s.r_v:
-            readers = [reader(jnp.maximum(last_reader, 0), reader_of, last_reader >= 0)]
-        if s.r_k:
-            own = reader(jnp.maximum(last_expander, 0), expander_of, last_expander >= 0)
-        expand = lambda k, at, masked: score(q, expanded_keys(x, head, own, k, at, masked, s), s)
-        return attend(x, head, q, limits, span, readers, expand, s)
+        readers, expand = [], None
+        if s.r_v or s.r_k:
+            classes = expander_of if s.r_k else reader_of
+            readers = [reader(jnp.maximum(jnp.max(classes), 0), classes, jnp.max(classes) >= 0)]
+            expand = lambda k, ids, at, masked: score(q, expanded_keys(x, head, *readers, ids, k, at, masked, s), s)
+        return attend(x, head, q, limits, span, readers, expand, s, split=False)
 
     def many_readers():
         readers = [reader(u, reader_of, plan.readers[item, u] == u) for u in range(R)] if s.r_v else []
 
-        def expand(k, at, masked):
+        def expand(k, _, at, masked):
             def add(u, scores):
                 def own():
-                    keys = expanded_keys(x, head, reader(u, expander_of, True), k, at, masked, s)
+                    mine = reader(u, expander_of, True)
+                    ids = page_ids(x.page_table.low_rank, mine.row, at, mine.end, s)
+                    keys = expanded_keys(x, head, mine, ids, k, at, masked, s)
                     return jnp.where((expander_of == u)[:, None], score(q, keys, s), scores)
 
                 return lax.cond(plan.expanders[item, u] == u, own, lambda: scores)
 
             return lax.fori_loop(0, R, add, score(q, k, s))
 
-        state = attend(x, head, q, limits, span, readers, expand, s)
+        state = attend(x, head, q, limits, span, readers, expand, s, split=False)
         if not s.r_v:
             return state
         o_lr = state.o_lr.reshape(M, R, padded(s.r_v))

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from lragent_jax.kernels.lora_attention import lora_attention
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
-from lragent_jax.measure.attention import VALUE_SCALE, AttentionCase, Heads, RandomCaches, page_table
+from lragent_jax.measure.attention import VALUE_SCALE, AttentionCase, Chained, Heads, RandomCaches, cycle, paged
 from lragent_jax.measure.timing import DeviceSpeed, chain, measure_device, median_seconds
 
 ROWS = ("prefill", "chunk", "decode", "group", "prefix", "keys", "scatter", "rank")
@@ -111,34 +111,11 @@ def peers_of(row: str, case: AttentionCase) -> tuple[str, ...]:
 # Programs: what is called, on what.
 
 
-class Chained(NamedTuple):
-    """One call `attend(q, data[i], shared)`, and everything it is called with."""
-
-    attend: Callable
-    q: jax.Array
-    data: tuple
-    shared: Any = None
-
-    @property
-    def arguments(self) -> tuple:
-        return self.q, self.data, self.shared
-
-
-def paged(name: str, case: AttentionCase, sizes: Sizes, caches: RandomCaches) -> Chained:
+def ours(name: str, case: AttentionCase, sizes: Sizes, caches: RandomCaches) -> Chained:
     """An implementation of ours."""
-    p = sizes.heads.p
-    num_pages = -(-max(sizes.longest, case.distinct_tokens) // p)
-    table, adapter_ids = page_table(case, p, num_pages)
-
-    def attend(q, layer, shared):
-        base, low_rank, lora_b = layer
-        table, adapter_ids, inv_freq = shared
-        return lora_attention(
-            q, base, low_rank, lora_b, table, adapter_ids, rope_inv_freq=inv_freq, implementation=name
-        )
-
-    layers = caches.caches(case, num_pages, cycle(case, sizes))
-    return Chained(attend, caches.queries(case), layers, (table, adapter_ids, caches.inv_freq(case)))
+    num_pages = -(-max(sizes.longest, case.distinct_tokens) // sizes.heads.p)
+    attention = functools.partial(lora_attention, implementation=name)
+    return paged(attention, case, caches, num_pages, cycle(case, sizes.heads, sizes.cycled_bytes))
 
 
 def contiguous(name: str, case: AttentionCase, sizes: Sizes, caches: RandomCaches) -> Chained:
@@ -149,7 +126,7 @@ def contiguous(name: str, case: AttentionCase, sizes: Sizes, caches: RandomCache
     # The shipped Mosaic kernel scales no scores.
     key_scale = heads.H**-0.5 if name == "shipped_mosaic" else 1.0
     data = []
-    for i in range(cycle(case, sizes)):
+    for i in range(cycle(case, heads, sizes.cycled_bytes)):
         k = caches.normal(2 * i + 1000, shape, key_scale, dtype)
         v = caches.normal(2 * i + 1001, shape, VALUE_SCALE, dtype)
         if name == "shipped_triton" and case.T == 1:  # it swaps them back and copies nothing
@@ -197,11 +174,6 @@ def shipped_mosaic(q, data, _=None, *, causal: bool):
 PEER_CALLS = {"cudnn": cudnn, "unfused": unfused, "shipped_triton": shipped_triton, "shipped_mosaic": shipped_mosaic}
 
 
-def cycle(case: AttentionCase, sizes: Sizes) -> int:
-    """How many caches a chain goes through."""
-    return min(16, 1 + math.ceil(sizes.cycled_bytes / sizes.heads.kv_bytes(case.distinct_tokens)))
-
-
 # Measuring.
 
 
@@ -247,15 +219,15 @@ class Bench:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             lowered = {key: program for key in wanted if (program := self.lower(*key)) is not None}
             compiling = {key: pool.submit(program.compile) for key, (_, program) in lowered.items()}
-            ours = dict.fromkeys(case for name, case in compiling if name not in PEERS and self.check)
-            references = {case: pool.submit(self.reference, case) for case in ours}
+            checked = dict.fromkeys(case for name, case in compiling if name not in PEERS and self.check)
+            references = {case: pool.submit(self.reference, case) for case in checked}
         wants = {case: future.result() for case, future in references.items()}
         for key, (chained, _) in lowered.items():
             self.time(*key, chained, compiling[key], wants.get(key[1]) if key[0] not in PEERS else None)
 
     def lower(self, name: str, case: AttentionCase) -> tuple[Chained, jax.stages.Lowered] | None:
         try:
-            make = contiguous if name in PEERS else paged
+            make = contiguous if name in PEERS else ours
             chained = make(name, case, self.sizes, self.caches)
             program = jax.jit(chain(chained.attend, self.calls(case), self.turns(case)))
             return chained, program.lower(*chained.arguments)
@@ -272,7 +244,7 @@ class Bench:
         return max(1, round(self.sizes.chain_s / (self.calls(case) * floor)))
 
     def reference(self, case: AttentionCase) -> np.ndarray:
-        chained = paged("xla", case, self.sizes, self.caches)
+        chained = ours("xla", case, self.sizes, self.caches)
         return np.asarray(jax.jit(chained.attend)(chained.q, chained.data[0], chained.shared), np.float32)
 
     def time(self, name: str, case: AttentionCase, chained: Chained, future, want: np.ndarray | None) -> None:

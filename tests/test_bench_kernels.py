@@ -5,13 +5,14 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lragent_jax.kernels.lora_attention import lora_attention
-from lragent_jax.measure.attention import AttentionCase, Heads, RandomCaches, page_table
+from lragent_jax.measure.attention import AttentionCase, Heads, RandomCaches, cycle, page_table
 from lragent_jax.measure.timing import DeviceSpeed, chain, median_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def test_what_is_refused_says_why_and_stops_nothing(without_device, monkeypatch,
 
 def test_a_wrong_result_is_seen(without_device, monkeypatch, capsys):
     def wrong(q, *args, implementation, **kwargs):
-        o = lora_attention(q, *args, **kwargs)
+        o: Any = lora_attention(q, *args, **kwargs)
         return o if implementation == "xla" else o * 1.5
 
     monkeypatch.setattr(bench_kernels, "lora_attention", wrong)
@@ -110,7 +111,7 @@ def test_every_row_of_the_table_has_a_limit_or_is_a_figure_of_its_own():
 def test_chains_go_through_more_caches_than_a_device_keeps():
     for cases in bench_kernels.rows_of(LLAMA).values():
         for case in cases:
-            assert bench_kernels.cycle(case, LLAMA) * LLAMA.heads.kv_bytes(case.distinct_tokens) > 200e6
+            assert cycle(case, LLAMA.heads, LLAMA.cycled_bytes) * LLAMA.heads.kv_bytes(case.distinct_tokens) > 200e6
 
 
 # Data.
@@ -181,7 +182,8 @@ def test_outputs_fed_back_stay_queries_of_a_usual_size():
     case, heads = AttentionCase(512, r_v=4, r_k=4), Heads(4, 2, 16, 8, "float32")
     caches = RandomCaches(heads)
     table, adapter_ids = page_table(case, heads.p, 64)
-    q, (layer,) = caches.queries(case), caches.caches(case, 64, 1)
+    q: Any = caches.queries(case)
+    (layer,) = caches.caches(case, 64, 1)
     for _ in range(4):
         q = lora_attention(q, *layer, table, adapter_ids, rope_inv_freq=caches.inv_freq(case), implementation="xla")
     assert 0.1 < float(jnp.std(q)) < 50

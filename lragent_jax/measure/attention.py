@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,3 +171,33 @@ def page_table(case: AttentionCase, p: int, num_pages: int) -> tuple[PageTable, 
         adapter_ids = jnp.arange(1, case.B + 1, dtype=jnp.int32)
     lens = jnp.full(case.B, case.S, jnp.int32)
     return PageTable(jnp.asarray(base, jnp.int32), low_rank, lens - case.T, lens), adapter_ids
+
+
+class Chained(NamedTuple):
+    """One call `attend(q, data[i], shared)`, as `timing.chain` makes many of it, and what it is called with."""
+
+    attend: Callable
+    q: Array
+    data: tuple
+    shared: Any = None
+
+    @property
+    def arguments(self) -> tuple:
+        return self.q, self.data, self.shared
+
+
+def paged(attention: Callable, case: AttentionCase, caches: RandomCaches, num_pages: int, count: int) -> Chained:
+    """Calls of `attention`, of `lora_attention`'s signature, on `count` layers with one page table."""
+    table, adapter_ids = page_table(case, caches.heads.p, num_pages)
+
+    def attend(q, layer, shared):
+        table, adapter_ids, inv_freq = shared
+        return attention(q, *layer, table, adapter_ids, rope_inv_freq=inv_freq)
+
+    layers = caches.caches(case, num_pages, count)
+    return Chained(attend, caches.queries(case), layers, (table, adapter_ids, caches.inv_freq(case)))
+
+
+def cycle(case: AttentionCase, heads: Heads, num_bytes: float) -> int:
+    """How many caches have more than `num_bytes`; 16 at most."""
+    return min(16, 1 + math.ceil(num_bytes / heads.kv_bytes(case.distinct_tokens)))

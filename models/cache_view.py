@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lragent_jax.kernels import lora_attention as attention
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.pytree import pytree
+from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard
 
 HostOrDevice = jax.Array | np.ndarray
 """Filled in on the host, used on the device."""
@@ -91,9 +92,12 @@ def _token_slots(
 def write_base(
     kv: Float[Array, "P K p HH"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], table: PageTable
 ) -> Float[Array, "P K p HH"]:
-    """Puts the new tokens' K and V into their slots.
+    """Puts the new tokens' K and V into their slots; every device those of its kv heads."""
+    return per_shard(_write_base, (POOL, HEADS, HEADS, WHOLE), POOL)(kv, k, v, table)
 
-    The pool is scattered into as a matrix of token rows: one leading scattered dimension is what XLA updates in
+
+def _write_base(kv, k, v, table: PageTable):
+    """The pool is scattered into as a matrix of token rows: one leading scattered dimension is what XLA updates in
     place; two of them around the heads made it transpose, that is copy, the pool.
     """
     num_pages, num_kv_heads, page_size, width = kv.shape
@@ -132,26 +136,32 @@ def attend(
     inv_freq: Float[np.ndarray, " Hh"],
     implementation: str | None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of the new tokens over everything up to them, each row with its adapter's B for V and K."""
+    """Attention of the new tokens over everything up to them, each row with its adapter's B for V and K.
+
+    Every device attends with its own heads; low-rank pages are the same on all of them.
+    """
     if not table.num_low_rank_tables:
+
+        def attend_merged(q, kv, table: attention.PageTable):
+            return attention.lora_attention(q, kv, None, None, table, None, implementation=implementation)
+
+        return per_shard(attend_merged, (HEADS, POOL, WHOLE), HEADS)(q, cache.kv, table.read_table())
+
+    def attend_split(q, kv, low_rank: attention.LowRank, lora_b: attention.LoraB, *rest):
+        num_kv_heads, head_dim = kv.shape[1], kv.shape[3] // 2
+        by_head = [None if b is None else b.reshape(*b.shape[:2], num_kv_heads, head_dim) for b in lora_b]
+        table, adapter_ids, inv_freq = rest
         return attention.lora_attention(
-            q, cache.kv, None, None, table.read_table(), None, implementation=implementation
-        )
-    num_kv_heads, head_dim = cache.kv.shape[1], cache.kv.shape[3] // 2
+            q, kv, low_rank, attention.LoraB(*by_head), table, adapter_ids,
+            rope_inv_freq=inv_freq, implementation=implementation,
+        )  # fmt: skip
 
-    def lora_b(target: str, pool) -> Float[Array, "A r K H"] | None:
-        if pool is None:
-            return None
-        b = pairs[target].lora_b
-        return b.reshape(*b.shape[:2], num_kv_heads, head_dim)
-
-    return attention.lora_attention(
-        q,
-        cache.kv,
-        attention.LowRank(v=cache.low_rank_v, k=cache.low_rank_k),
-        attention.LoraB(v=lora_b("v", cache.low_rank_v), k=lora_b("k", cache.low_rank_k)),
-        table.read_table(),
-        adapter_ids,
-        rope_inv_freq=None if cache.low_rank_k is None else jnp.asarray(inv_freq),
-        implementation=implementation,
+    low_rank = attention.LowRank(v=cache.low_rank_v, k=cache.low_rank_k)
+    lora_b = attention.LoraB(*(
+        None if pool is None else pairs[target].lora_b for target, pool in zip(low_rank._fields, low_rank, strict=True)
+    ))  # fmt: skip
+    inv_freq = None if cache.low_rank_k is None else jnp.asarray(inv_freq)
+    in_specs = (HEADS, POOL, WHOLE, HEADS, WHOLE, WHOLE, WHOLE)
+    return per_shard(attend_split, in_specs, HEADS)(
+        q, cache.kv, low_rank, lora_b, table.read_table(), adapter_ids, inv_freq
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lragent_jax.models import cache_view
@@ -16,6 +17,7 @@ from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, P
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
+from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE, per_shard, sum_over_shards
 
 
 @pytree
@@ -50,6 +52,28 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+class ReducingLinear(Linear):
+    """A linear map whose input is what tensor parallelism cuts: o and down, adapters included.
+
+    Every device multiplies its part of the input by its rows of W and of A; what the adapters add is added to the
+    partial sums, before they are summed, so that it needs no all-reduce of its own.
+    """
+
+    def __call__(
+        self, x: Float[Array, "B T in_width"], target: str, adapters: LayerAdapters
+    ) -> Float[Array, "B T out_width"]:
+        def partial(x, kernel, pair: LoraPair | None, *chosen):
+            y = jnp.einsum("bti,io->bto", x, kernel)
+            return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
+
+        pair = adapters.pairs.get(target)
+        by_row = PartitionSpec(AXIS)
+        pair_specs = jax.tree.unflatten(jax.tree.structure(pair), [] if pair is None else [LORA_A_BY_ROW, WHOLE])
+        return per_shard(partial, (HEADS, by_row, pair_specs, WHOLE, WHOLE), WHOLE)(
+            x, self.kernel[...], pair, adapters.group_of.get(target), adapters.adapter_ids
+        )
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, normalised in f32."""
 
@@ -72,7 +96,7 @@ class Attention(nnx.Module):
         self.q = Linear(*shapes["q"], ("D", "N"), dtype, bias)
         self.k = Linear(*shapes["k"], ("D", "K"), dtype, bias)
         self.v = Linear(*shapes["v"], ("D", "K"), dtype, bias)
-        self.o = Linear(*shapes["o"], ("N", "D"), dtype)
+        self.o = ReducingLinear(*shapes["o"], ("N", "D"), dtype)
 
     def __call__(
         self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, inv_freq, *, write_base: bool,
@@ -94,7 +118,7 @@ class Attention(nnx.Module):
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
         ).reshape(*x.shape[:2], -1)
-        return self.o(attended) + adapters.delta("o", attended), cache
+        return self.o(attended, "o", adapters), cache
 
     def heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads H"]:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -113,12 +137,12 @@ class MLP(nnx.Module):
         shapes = config.projection_shapes()
         self.gate = Linear(*shapes["gate"], ("D", "F"), dtype)
         self.up = Linear(*shapes["up"], ("D", "F"), dtype)
-        self.down = Linear(*shapes["down"], ("F", "D"), dtype)
+        self.down = ReducingLinear(*shapes["down"], ("F", "D"), dtype)
 
     def __call__(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T D"]:
         gate = self.gate(x) + adapters.delta("gate", x)
         hidden = jax.nn.silu(gate) * (self.up(x) + adapters.delta("up", x))
-        return self.down(hidden) + adapters.delta("down", hidden)
+        return self.down(hidden, "down", adapters)
 
 
 class Block(nnx.Module):

@@ -6,10 +6,13 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lragent_jax.models.adapter_bank import AdapterBank
+from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import ConfigError
 from lragent_jax.models.llama import Params
 from lragent_jax.models.problems import listing
+from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, POOL, WHOLE
 
 SHARDED = {"N": "num_heads", "K": "num_kv_heads", "F": "mlp_width", "V": "vocab_size"}
 """Letters of the legend that are cut, and how many parts each has; width and everything else is on every device.
@@ -18,7 +21,7 @@ q, k, v, gate and up are cut along their output, o and down along their input, s
 o and one after down (Megatron-LM, arXiv 1909.08053)."""
 
 
-def param_shardings(config: LlamaConfig, abstract: Params, mesh: Mesh, axis: str = "model") -> Any:
+def param_shardings(config: LlamaConfig, abstract: Params, mesh: Mesh, axis: str = AXIS) -> Any:
     """A `NamedSharding` per weight, in a tree shaped like the parameters, for tensor parallelism along `axis`.
 
     `abstract` is that of `abstract_params` (its `axes` decide). The mesh must be made of Auto axes, as
@@ -40,3 +43,27 @@ def param_shardings(config: LlamaConfig, abstract: Params, mesh: Mesh, axis: str
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     leaves = [shardings[tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))] for path in paths]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def bank_shardings(bank: AdapterBank, mesh: Mesh) -> AdapterBank:
+    """A `NamedSharding` per array of the bank, such that adapters add no collective to a step.
+
+    A of q, k, v, gate and up is on every device and B is cut like the weight's output; A of o and down is cut like the
+    weight's input and B is on every device.
+    """
+
+    def place(path, _) -> NamedSharding:
+        if not isinstance(path[-1], jax.tree_util.GetAttrKey):  # group_of
+            return NamedSharding(mesh, WHOLE)
+        target, factor = path[-2].key, path[-1].name
+        if target in ("o", "down"):
+            return NamedSharding(mesh, LORA_A_BY_ROW if factor == "lora_a" else WHOLE)
+        return NamedSharding(mesh, WHOLE if factor == "lora_a" else HEADS)
+
+    return jax.tree_util.tree_map_with_path(place, bank)
+
+
+def cache_shardings(base: BaseCache, low_rank: LowRankCache, mesh: Mesh) -> tuple[BaseCache, LowRankCache]:
+    """A `NamedSharding` per pool: base pages are cut by kv head, low-rank pages are on every device."""
+    by_head, whole = NamedSharding(mesh, POOL), NamedSharding(mesh, WHOLE)
+    return jax.tree.map(lambda _: by_head, base), jax.tree.map(lambda _: whole, low_rank)

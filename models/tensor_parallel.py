@@ -1,0 +1,43 @@
+"""The few places where XLA's own partitioning would move more than it must: there each device runs its shard's program.
+
+XLA partitions everything else by the shardings of weights and caches (`sharding.py`). Left to it, scattering into the
+page pools and attention's kernels would gather the pools, and the adapters of o and down would cost an all-reduce of
+their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+AXIS = "model"
+"""The mesh axis along which weights and kv heads are cut."""
+
+HEADS = PartitionSpec(None, None, AXIS)
+"""[B, T, heads, …] and LoRA's B [A, r, out]: cut like the output of q, k and v."""
+
+POOL = PartitionSpec(None, AXIS)
+"""Base pages [P, K, p, 2H]: cut by kv head."""
+
+LORA_A_BY_ROW = PartitionSpec(None, AXIS)
+"""[g, in, r] of o and down: cut like the rows of their weights."""
+
+WHOLE = PartitionSpec()
+
+
+def is_sharded() -> bool:
+    """Whether the mesh that `jax.set_mesh` made current, if any, has the axis. Read while a program is traced."""
+    return AXIS in jax.sharding.get_abstract_mesh().axis_names
+
+
+def per_shard(function: Callable, in_specs: tuple[Any, ...], out_specs: Any) -> Callable:
+    """`function` of the shards of its arguments; `function` itself where nothing is sharded."""
+    if not is_sharded():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_over_shards(x: jax.Array) -> jax.Array:
+    """Inside `per_shard`: the layer's one all-reduce."""
+    return jax.lax.psum(x, AXIS) if is_sharded() else x

@@ -29,7 +29,7 @@ def lora_attention(
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.lora_attention`; `block_sizes=None` asks the heuristic."""
     B, T, N, H = q.shape
-    K, p = base.shape[1:3]
+    K = base.shape[1]
     low_rank, lora_b = low_rank or LowRank(None), lora_b or LoraB(None)
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"dtype {q.dtype}; it takes float32 and bfloat16")

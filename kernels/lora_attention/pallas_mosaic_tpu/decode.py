@@ -67,16 +67,16 @@ def merge(plan: DecodePlan, o, stats, o_lr, b_v, C: int, G: int, H: int):
 
     Shapes: o [I, K, rows, width], stats [I, K, rows, LANES], o_lr [I, K, rows, R r_v], b_v [B, r_v, K, H].
     """
-    (I, R), B, K = plan.rows.shape, plan.num_parts.shape[0], o.shape[1]
+    (num_items, R), B, K = plan.rows.shape, plan.num_parts.shape[0], o.shape[1]
     # Where the j-th partial result of each row lies, as item · R + slot.
-    index = jnp.arange(I * R, dtype=jnp.int32)
+    index = jnp.arange(num_items * R, dtype=jnp.int32)
     target = jnp.where(plan.rows >= 0, plan.rows * C + plan.parts, B * C).reshape(-1)
     where = jnp.zeros(B * C, jnp.int32).at[target].set(index, mode="drop").reshape(B, C)
     there = (jnp.arange(C) < plan.num_parts[:, None])[:, :, None, None]
 
     def gather(x):
         """[I, K, G R (padded), n] to [B, C, K, G, n]."""
-        x = x[:, :, : G * R].reshape(I, K, G, R, -1)
+        x = x[:, :, : G * R].reshape(num_items, K, G, R, -1)
         return x[where // R, :, :, where % R]
 
     m, sums = gather(stats[..., 0])[..., 0], gather(stats[..., 1])[..., 0]

@@ -12,7 +12,6 @@ result is taken from V's lanes: lanes are never cut.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -222,7 +221,7 @@ class Item:
                 self.add_low_rank(group * together, probs, rescales, half, first_key, limits is not None)
             return 0
 
-        if c.K == together:
+        if together == c.K:
             heads(0, 0)
         else:
             lax.fori_loop(0, c.K // together, heads, 0)
@@ -301,7 +300,7 @@ class Item:
             expanded = matmul(s["b_k"][slot, h], jnp.concatenate(pages, axis=1), ((0,), (0,)))
             low, high, cos, sin = expanded[: c.H // 2], expanded[c.H // 2 :], s["cos"][...], s["sin"][...]
             parts = [low * cos - high * sin, high * cos + low * sin]
-            if c.H < c.width:
+            if c.width > c.H:
                 parts.append(jnp.zeros((c.width - c.H, c.block), jnp.float32))
             keys = jnp.concatenate(parts, axis=0).astype(c.dtype)
             own = self.per_row(self.items.expanders, missing=-1) == slot

@@ -1,7 +1,7 @@
 """Where K and V of a slot lie in its lanes, for operands that meet whole rows of lanes.
 
-H < 128: they share a tile of lanes, K in lanes [0, H) and V in [H, 2H). Otherwise each has tiles of its own, and nothing
-is added.
+H < 128: they share a tile of lanes, K in lanes [0, H) and V in [H, 2H). Otherwise each has tiles of its own, and
+nothing is added.
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Many queries per row: one program per tile of a row's queries, all heads at once; B applied once, at the tile's end."""
+"""Many queries per row: one program per tile of a row's queries, all heads at once. B is applied once, at its end."""
 
 import functools
 

@@ -31,9 +31,9 @@ COMPUTE_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 LOG2_E = math.log2(math.e)
 
-# Registers per thread: those that compute take what the one that copies leaves of the 64 Ki of a multiprocessor.
-COMPUTE_REGISTERS = 232
-MEMORY_REGISTERS = 40
+# Registers per thread of the warpgroups that compute, copy, and expand keys: 512 or fewer for the four or three of them.
+REGISTERS = (232, 40, 0)
+REGISTERS_WITH_KEYS = (192, 40, 88)
 
 SHARED_MEMORY = 227 * 1024
 
@@ -52,9 +52,10 @@ class BlockSizes:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 2, or copies wait for arithmetic")
 
 
-def heuristic(head_dim: int, rank: int) -> BlockSizes:
-    """128 keys per turn, twice as many in flight where heads are narrow."""
-    return BlockSizes(block_kv=128, num_stages=4 if head_dim == 64 and rank <= 16 else 2)
+def heuristic(head_dim: int, rank_v: int, rank_k: int) -> BlockSizes:
+    """128 keys per turn, or 64 where shared memory would not hold two blocks of them beside the low-rank ones."""
+    del head_dim, rank_v, rank_k
+    return BlockSizes(block_kv=128, num_stages=2)
 
 
 def cdiv(a, b: int):
@@ -72,6 +73,9 @@ class Inputs(NamedTuple):
     low_rank_v: Any = None  # [P_lr, r_v, p]
     b_v: Any = None  # [A, r_v, K H]
     low_rank_table: Any = None  # [B, W]
+    low_rank_k: Any = None  # [P_lr, r_k, p]
+    b_k: Any = None  # [A, r_k, K H]
+    rope: Any = None  # [W p, H] f16: cosines in the first half of the lanes, sines in the second
     adapter_ids: Any = None  # [B]
 
 
@@ -81,13 +85,16 @@ class Outputs(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Shared memory of a program. R_v: r_v rounded up to what a wgmma sums over."""
+    """Shared memory of a program. R: a rank rounded up to what a wgmma sums over."""
 
     q: Any  # [2, 64, H], at the end o
     k: Any  # [num_stages, block_kv, H]
     v: Any  # [num_stages, block_kv, H]
     low_rank_v: Any = None  # [num_stages, R_v, block_kv]
     b_v: Any = None  # [R_v, H]
+    low_rank_k: Any = None  # [num_stages, R_k, block_kv]
+    b_k: Any = None  # [R_k, H]
+    rope: Any = None  # [block_kv, H]
     lse: Any = None  # [2, 64]
 
 
@@ -99,11 +106,14 @@ class Barriers(NamedTuple):
     v_free: Any  # [num_stages]
     turn: Any  # whose turn at the tensor cores it is
     b_ready: Any = None
+    k_landed: Any = None  # [num_stages]; K, still without its low-rank part
+    rope_landed: Any = None
+    rope_free: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a kernel is compiled for, beside the shapes of its arguments. r_v is 0 where there is no such pool."""
+    """What a kernel is compiled for. Ranks are 0 where there is no such pool."""
 
     T: int  # before padding
     H: int
@@ -111,17 +121,12 @@ class Config:
     K: int
     p: int
     r_v: int
-    num_pages: int
-    num_low_rank_pages: int
+    r_k: int
     num_adapters: int
     dtype: Any
     exp2_scale: float
     blocks: BlockSizes
     interpret: bool
-
-    @property
-    def R_v(self) -> int:
-        return -(-self.r_v // 16) * 16
 
     @property
     def slots_per_copy(self) -> int:
@@ -132,49 +137,78 @@ class Config:
         """How many pieces a block of keys comes in."""
         return self.blocks.block_kv // self.slots_per_copy
 
-    @property
-    def ranks_per_copy(self) -> int:
-        """Rows of a low-rank page that a copy brings: all, unless other pages' lanes lie between them."""
-        return self.R_v if self.copies == 1 and self.R_v == self.r_v else 8
+    def ranks_per_copy(self, rank: int) -> int:
+        """Rows of a low-rank page that a copy brings: all, unless other pages' lanes or zeros lie between them."""
+        return rank if self.copies == 1 and rank % 16 == 0 else 8
+
+    def low_rank_copies(self, rank: int) -> int:
+        """Copies that bring a block of low-rank keys or values."""
+        return self.copies * (padded_rank(rank) // self.ranks_per_copy(rank)) if rank else 0
 
     @property
     def v_arrivals(self) -> int:
-        """Copies that make a block of values and low-rank values."""
-        return self.copies * (1 + self.R_v // self.ranks_per_copy)
+        return self.copies + self.low_rank_copies(self.r_v)
 
     @property
     def name(self) -> str:
-        rank = f"_r{self.r_v}" if self.r_v else ""
-        return f"lora_prefill_h{self.H}_p{self.p}{rank}_kv{self.blocks.block_kv}x{self.blocks.num_stages}"
+        ranks = "".join(f"_{target}{rank}" for target, rank in (("v", self.r_v), ("k", self.r_k)) if rank)
+        return f"lora_prefill_h{self.H}_p{self.p}{ranks}_kv{self.blocks.block_kv}x{self.blocks.num_stages}"
+
+    @property
+    def k_lanes(self) -> int:
+        """Width of the tiles of Q and K: the narrower, the fewer registers the rebuilding of K takes at a time."""
+        return 32 if self.r_k else 64
+
+    @property
+    def low_rank_v_lanes(self) -> int:
+        return min(64, self.p)
 
     def memory(self, return_lse: bool) -> Memory:
         stages, block_kv = self.blocks.num_stages, self.blocks.block_kv
+        R_v, R_k = padded_rank(self.r_v), padded_rank(self.r_k)
 
-        def tiled(*shape, lanes=64):
-            """Tiles of 8 rows, swizzled: as wgmma and the copy engine both take it."""
+        def tiled(*shape, lanes=64, dtype=self.dtype):
+            """Tiles of 8 rows, swizzled, as wgmma and the copy engine both take it; as many lanes as wgmmas sum over."""
             transforms = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-            return plgpu.SMEM(shape, self.dtype, transforms=transforms)
+            return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-        return Memory(
-            q=tiled(COMPUTE_WARPGROUPS, BLOCK_Q, self.H),
-            k=tiled(stages, block_kv, self.H),
+        memory = Memory(
+            q=tiled(COMPUTE_WARPGROUPS, BLOCK_Q, self.H, lanes=self.k_lanes),
+            k=tiled(stages, block_kv, self.H, lanes=self.k_lanes),
             v=tiled(stages, block_kv, self.H),
-            low_rank_v=tiled(stages, self.R_v, block_kv, lanes=min(64, self.p)) if self.r_v else None,
-            b_v=tiled(self.R_v, self.H, lanes=16) if self.r_v else None,  # lanes: summed over at a time
             lse=plgpu.SMEM((COMPUTE_WARPGROUPS, BLOCK_Q), jnp.float32) if return_lse else None,
         )
+        if self.r_v:
+            low_rank = tiled(stages, R_v, block_kv, lanes=self.low_rank_v_lanes)
+            memory = memory._replace(low_rank_v=low_rank, b_v=tiled(R_v, self.H, lanes=16))
+        if self.r_k:
+            low_rank = tiled(stages, R_k, block_kv, lanes=16)
+            rope = tiled(block_kv, self.H, lanes=self.k_lanes, dtype=jnp.float16)
+            memory = memory._replace(low_rank_k=low_rank, b_k=tiled(R_k, self.H, lanes=16), rope=rope)
+        return memory
 
     def barriers(self) -> Barriers:
         stages = self.blocks.num_stages
-        return Barriers(
+        k_copies = self.copies + self.low_rank_copies(self.r_k)
+        b_copies = (padded_rank(self.r_v) + padded_rank(self.r_k)) // 8
+        barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-            k_ready=plgpu.Barrier(num_arrivals=self.copies, num_barriers=stages),
+            k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            b_ready=plgpu.Barrier(num_arrivals=self.R_v // 8) if self.r_v else None,
+            b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
+        if not self.r_k:
+            return barriers
+        landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
+        return barriers._replace(k_landed=landed, rope_landed=plgpu.Barrier(), rope_free=plgpu.Barrier())
+
+
+def padded_rank(rank: int) -> int:
+    """What a wgmma sums over comes in sixteens."""
+    return -(-rank // 16) * 16
 
 
 class Tile(NamedTuple):
@@ -203,7 +237,7 @@ def this_tile(cfg: Config, inputs: Inputs) -> Tile:
     q0 = (lax.axis_size("tile") - 1 - tile) * TILE_Q
     q_start, kv_len = inputs.q_starts[b], inputs.kv_lens[b]
     adapter, exists = jnp.int32(0), jnp.bool_(True)
-    if cfg.r_v:
+    if cfg.num_adapters:
         adapter = inputs.adapter_ids[b]
         exists = (adapter >= 0) & (adapter < cfg.num_adapters)
         adapter = jnp.where(exists, adapter, 0)
@@ -216,12 +250,13 @@ def this_tile(cfg: Config, inputs: Inputs) -> Tile:
 
 
 def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
-    """Fills slot after slot with K, V and low-rank values, as the other warpgroups get done with them."""
+    """Fills slot after slot with keys and values, as the other warpgroups get done with them."""
     block_kv, stages = cfg.blocks.block_kv, cfg.blocks.num_stages
-    if cfg.r_v:
-        lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
-        adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
-        copy_rank(cfg, inputs.b_v, adapter, cfg.num_adapters, lanes, smem.b_v, barriers.b_ready, 8)
+    for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
+        if rank:
+            adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
+            lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
+            copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
 
     def locate_block(step):
         return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
@@ -230,27 +265,23 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         slot = lax.rem(step, jnp.int32(stages))
         next_pieces = locate_block(step + 1)  # a read of device memory, under way while this block waits for its slot
         partly_filled = tile.kv_len < (step + 1) * block_kv
-        landed = barriers.v_ready.at[jnp.where(partly_filled, stages, slot)]
-
-        def copy_base(lane, memory, barrier):
-            for i, (page, _, offset) in enumerate(pieces):
-                source = inputs.base.at[page, pl.ds(offset, cfg.slots_per_copy), pl.ds(lane, cfg.H)]
-                target = memory.at[slot, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
-                plgpu.copy_gmem_to_smem(source, target, barrier)
+        k_landed = (barriers.k_landed if cfg.r_k else barriers.k_ready).at[slot]
+        v_landed = barriers.v_ready.at[jnp.where(partly_filled, stages, slot)]
 
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.k_free.at[slot]))
-        copy_base(0, smem.k, barriers.k_ready.at[slot])
+        copy_base(cfg, inputs, pieces, 0, smem.k.at[slot], k_landed)
+        if cfg.r_k:
+            copy_low_rank(cfg, inputs.low_rank_k, pieces, cfg.r_k, smem.low_rank_k.at[slot], k_landed)
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+            plgpu.copy_gmem_to_smem(inputs.rope.at[pl.ds(step * block_kv, block_kv)], smem.rope, barriers.rope_landed)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.v_free.at[slot]))
-        copy_base(cfg.H, smem.v, landed)
+        copy_base(cfg, inputs, pieces, cfg.H, smem.v.at[slot], v_landed)
         if cfg.r_v:
-            for i, (_, page, offset) in enumerate(pieces):
-                target = smem.low_rank_v.at[slot, :, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
-                lanes = pl.ds(offset, cfg.slots_per_copy)
-                copy_rank(cfg, inputs.low_rank_v, page, cfg.num_low_rank_pages, lanes, target, landed, cfg.ranks_per_copy)
+            copy_low_rank(cfg, inputs.low_rank_v, pieces, cfg.r_v, smem.low_rank_v.at[slot], v_landed)
 
         @pl.when(partly_filled)
         def _clean():
-            plgpu.barrier_wait(landed)
+            plgpu.barrier_wait(v_landed)
             clear_from(cfg, smem, slot, tile.kv_len - step * block_kv)
             plgpu.commit_smem()
             for _ in range(cfg.v_arrivals):
@@ -266,25 +297,43 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         plgpu.barrier_wait(barriers.k_free.at[slot])
         plgpu.barrier_wait(barriers.v_free.at[slot])
 
+    if cfg.r_k:
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+
 
 def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
     """Where a key lies: page and kv head in the base pool, low-rank page, offset in both. Nowhere if the row lacks it."""
     held = position < tile.kv_len
     column = jnp.where(held, lax.div(position, jnp.int32(cfg.p)), 0)
-    page = jnp.where(held, inputs.table[tile.b, column], cfg.num_pages) * cfg.K + tile.kv_head
+    page = jnp.where(held, inputs.table[tile.b, column] * cfg.K + tile.kv_head, inputs.base.shape[0])
     offset = lax.rem(position, jnp.int32(cfg.p)) if cfg.p > cfg.blocks.block_kv else jnp.int32(0)
-    if not cfg.r_v:
+    if not cfg.num_adapters:
         return page, page, offset
     held &= tile.adapter > 0
-    return page, jnp.where(held, inputs.low_rank_table[tile.b, column], cfg.num_low_rank_pages), offset
+    nowhere = max(pool.shape[0] for pool in (inputs.low_rank_v, inputs.low_rank_k) if pool is not None)
+    return page, jnp.where(held, inputs.low_rank_table[tile.b, column], nowhere), offset
 
 
-def copy_rank(cfg: Config, pool, page, nowhere: int, lanes, target, barrier, rows_per_copy: int) -> None:
-    """Copies [r_v, lanes] of a page, and zeros to the rows of `target` that pad the rank."""
-    for row in range(0, cfg.R_v, rows_per_copy):
-        at, first_row = (page, row) if row < cfg.r_v else (nowhere, 0)
-        source = pool.at[at, pl.ds(first_row, rows_per_copy), lanes]
-        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(row, rows_per_copy)], barrier)
+def copy_base(cfg: Config, inputs: Inputs, pieces, lane: int, target, barrier) -> None:
+    """Copies a block of K (lane 0) or V (lane H) to `target` [block_kv, H]."""
+    for i, (page, _, offset) in enumerate(pieces):
+        source = inputs.base.at[page, pl.ds(offset, cfg.slots_per_copy), pl.ds(lane, cfg.H)]
+        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)], barrier)
+
+
+def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None:
+    """Copies a block of low-rank keys or values to `target` [R, block_kv]."""
+    for i, (_, page, offset) in enumerate(pieces):
+        lanes = pl.ds(offset, cfg.slots_per_copy)
+        part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
+        copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
+
+
+def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
+    """Copies [rank, lanes] of a page, so many rows at a time, and zeros to the rows of `target` that pad the rank."""
+    for row in range(0, padded_rank(rank), rows):
+        at, first = (page, row) if row < rank else (pool.shape[0], 0)
+        plgpu.copy_gmem_to_smem(pool.at[at, pl.ds(first, rows), lanes], target.at[pl.ds(row, rows)], barrier)
 
 
 def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
@@ -305,9 +354,54 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
 
     if cfg.r_v:
 
-        @pl.loop(0, cfg.R_v // 16)
+        @pl.loop(0, padded_rank(cfg.r_v) // 16)
         def _low_rank_values(i):
-            keep(smem.low_rank_v.at[slot, pl.ds(pl.multiple_of(i * 16, 16), 16)], 1, limit, lanes=min(64, cfg.p))
+            keep(smem.low_rank_v.at[slot, pl.ds(pl.multiple_of(i * 16, 16), 16)], 1, limit, lanes=cfg.low_rank_v_lanes)
+
+
+# The warpgroup that adds low-rank keys.
+
+
+def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
+    """K += RoPE(L B) for slot after slot, 64 keys and some lanes of both halves of the head at a time."""
+    half, width = cfg.H // 2, cfg.k_lanes
+    plgpu.barrier_wait(barriers.b_ready)
+
+    @pl.loop(0, steps)
+    def _block(step):
+        slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+        plgpu.barrier_wait(barriers.k_landed.at[slot])
+        plgpu.barrier_wait(barriers.rope_landed)
+        for row in range(0, cfg.blocks.block_kv, 64):
+            keys = pl.ds(row, 64)
+            low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
+            for lane in range(0, half, width):
+                first, second = pl.ds(lane, width), pl.ds(half + lane, width)
+                x, y = (shared_product(cfg, low_rank, smem.b_k.at[:, lanes]) for lanes in (first, second))
+                cos, sin = (read(smem.rope.at[keys, lanes]) for lanes in (first, second))
+                add(smem.k.at[slot, keys, first], x * cos - y * sin)
+                add(smem.k.at[slot, keys, second], y * cos + x * sin)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers.rope_free)
+        plgpu.barrier_arrive(barriers.k_ready.at[slot])
+
+
+def shared_product(cfg: Config, a, b):
+    """a b of two refs in shared memory."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def read(ref):
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def add(ref, x) -> None:
+    ref[...] = (read(ref) + x).astype(ref.dtype)
 
 
 # The warpgroups that compute.
@@ -328,7 +422,7 @@ def empty(cfg: Config) -> Softmax:
     def full(fill, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
-    o_lr = full(0, (BLOCK_Q, cfg.R_v), tile) if cfg.r_v else None
+    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r_v)), tile) if cfg.r_v else None
     return Softmax(
         full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row)
     )
@@ -467,16 +561,24 @@ def kernel_body(
     warpgroup = lax.axis_index("warpgroup")
     tile = this_tile(cfg, inputs)
     all_steps = jnp.maximum(tile.steps(cfg, 0), tile.steps(cfg, 1))
+    computing, feeding, expanding = REGISTERS_WITH_KEYS if cfg.r_k else REGISTERS
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(computing, action="increase")
         compute(cfg, tile, warpgroup, all_steps, inputs, outputs, smem, barriers)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _feed():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(feeding, action="decrease")
         feed(cfg, tile, all_steps, inputs, smem, barriers)
+
+    if cfg.r_k:
+
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
+        def _expand_keys():
+            plgpu.set_max_registers(expanding, action="decrease")
+            expand_keys(cfg, all_steps, smem, barriers)
 
 
 def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, blocks: BlockSizes) -> None:
@@ -489,10 +591,9 @@ def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, block
         raise NotImplementedError(f"prefill takes pages of 16, 32, 64, 128 or a multiple of 128 slots, not {p}")
     if sm_scale <= 0:
         raise NotImplementedError(f"prefill takes a positive sm_scale, not {sm_scale}")
-    if low_rank is not None and low_rank.k is not None:
-        raise NotImplementedError("prefill takes no low-rank keys")
-    if low_rank is not None and low_rank.v is not None and (low_rank.v.shape[1] % 8 or low_rank.v.shape[1] > 64):
-        raise NotImplementedError(f"prefill takes ranks 8, 16, 24 .. 64, not {low_rank.v.shape[1]}")
+    for pool in low_rank or ():
+        if pool is not None and (pool.shape[1] % 8 or pool.shape[1] > 64):
+            raise NotImplementedError(f"prefill takes ranks 8, 16, 24 .. 64, not {pool.shape[1]}")
 
 
 def prefill(
@@ -512,33 +613,37 @@ def prefill(
     """See `api.lora_attention`; `block_sizes=None` asks the heuristic."""
     B, T, N, H = q.shape
     P, K, p = base.shape[:3]
-    r_v = 0 if low_rank is None or low_rank.v is None else low_rank.v.shape[1]
-    blocks = block_sizes or heuristic(H, r_v)
+    r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank or LowRank(None))
+    blocks = block_sizes or heuristic(H, r_v, r_k)
     refuse_unsupported(q, base, low_rank, sm_scale, blocks)
 
     tiles = -(-T // TILE_Q)
     padded = jnp.pad(q, ((0, 0), (0, tiles * TILE_Q - T), (0, 0), (0, 0))).reshape(B, -1, N * H)
-    inputs = Inputs(
-        padded, base.reshape(P * K, p, 2 * H), page_table.base, page_table.q_starts, page_table.kv_lens
-    )
-    num_low_rank_pages = num_adapters = 0
-    if r_v:
-        num_low_rank_pages, num_adapters = low_rank.v.shape[0], lora_b.v.shape[0]
+    inputs = Inputs(padded, base.reshape(P * K, p, 2 * H), page_table.base, page_table.q_starts, page_table.kv_lens)
+    num_adapters = 0
+    if low_rank is not None and lora_b is not None:
+        num_adapters = max(b.shape[0] for b in lora_b if b is not None)
+        b_v, b_k = (None if b is None else b.reshape(num_adapters, -1, K * H) for b in lora_b)
+        rope = rope_table(-(-page_table.base.shape[1] * p // blocks.block_kv) * blocks.block_kv, rope_inv_freq)
         inputs = inputs._replace(
-            low_rank_v=low_rank.v,
-            b_v=lora_b.v.reshape(num_adapters, r_v, K * H),
-            low_rank_table=page_table.low_rank,
-            adapter_ids=adapter_ids,
-        )
+            low_rank_v=low_rank.v, low_rank_k=low_rank.k, b_v=b_v, b_k=b_k, rope=rope if r_k else None,
+            low_rank_table=page_table.low_rank, adapter_ids=adapter_ids,
+        )  # fmt: skip
     cfg = Config(
-        *(T, H, N // K, K, p, r_v, P, num_low_rank_pages, num_adapters, q.dtype, sm_scale * LOG2_E),
-        blocks=blocks,
-        interpret=interpret,
+        *(T, H, N // K, K, p, r_v, r_k, num_adapters, q.dtype, sm_scale * LOG2_E), blocks=blocks, interpret=interpret
     )
     lse = jax.ShapeDtypeStruct((B, N, tiles * TILE_Q), jnp.float32) if return_lse else None
     o, lse = run_kernel(cfg, inputs, Outputs(jax.ShapeDtypeStruct(padded.shape, q.dtype), lse), (N, tiles, B))
     o = o[:, :T].reshape(q.shape)
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
+
+
+def rope_table(num_positions: int, inv_freq) -> Float[Array, "S H"] | None:
+    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
+    if inv_freq is None:
+        return None
+    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inv_freq[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1).astype(jnp.float16)
 
 
 def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, int, int]) -> Outputs:
@@ -560,7 +665,7 @@ def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, i
         scratch_types=(cfg.memory(outputs.lse is not None), cfg.barriers()),
         grid=grid,
         grid_names=("head", "tile", "row"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + (2 if cfg.r_k else 1),
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=cfg.name,

@@ -54,8 +54,21 @@ class BlockSizes:
 
 def heuristic(head_dim: int, rank_v: int, rank_k: int) -> BlockSizes:
     """128 keys per turn, or 64 where shared memory would not hold two blocks of them beside the low-rank ones."""
-    del head_dim, rank_v, rank_k
-    return BlockSizes(block_kv=128, num_stages=2)
+    wide = BlockSizes(block_kv=128, num_stages=2)
+    fits = shared_memory(head_dim, rank_v, rank_k, wide) <= SHARED_MEMORY
+    return wide if fits else BlockSizes(block_kv=64, num_stages=2)
+
+
+def shared_memory(head_dim: int, rank_v: int, rank_k: int, blocks: BlockSizes) -> int:
+    """Bytes that a program takes: queries, what `Memory` holds of keys and values, and a little for barriers."""
+    ranks = padded_rank(rank_v) + padded_rank(rank_k)
+    per_key = blocks.num_stages * (2 * head_dim + ranks) + (head_dim if rank_k else 0)
+    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim) + 4 * 1024
+
+
+def padded_rank(rank: int) -> int:
+    """What a wgmma sums over comes in sixteens."""
+    return -(-rank // 16) * 16
 
 
 def cdiv(a, b: int):
@@ -161,7 +174,7 @@ class Config:
 
     @property
     def low_rank_v_lanes(self) -> int:
-        return min(64, self.p)
+        return min(self.blocks.block_kv // 2, self.p)
 
     def memory(self, return_lse: bool) -> Memory:
         stages, block_kv = self.blocks.num_stages, self.blocks.block_kv
@@ -204,11 +217,6 @@ class Config:
             return barriers
         landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
         return barriers._replace(k_landed=landed, rope_landed=plgpu.Barrier(), rope_free=plgpu.Barrier())
-
-
-def padded_rank(rank: int) -> int:
-    """What a wgmma sums over comes in sixteens."""
-    return -(-rank // 16) * 16
 
 
 class Tile(NamedTuple):
@@ -306,7 +314,7 @@ def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
     held = position < tile.kv_len
     column = jnp.where(held, lax.div(position, jnp.int32(cfg.p)), 0)
     page = jnp.where(held, inputs.table[tile.b, column] * cfg.K + tile.kv_head, inputs.base.shape[0])
-    offset = lax.rem(position, jnp.int32(cfg.p)) if cfg.p > cfg.blocks.block_kv else jnp.int32(0)
+    offset = lax.rem(position, jnp.int32(cfg.p))
     if not cfg.num_adapters:
         return page, page, offset
     held &= tile.adapter > 0
@@ -317,14 +325,15 @@ def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
 def copy_base(cfg: Config, inputs: Inputs, pieces, lane: int, target, barrier) -> None:
     """Copies a block of K (lane 0) or V (lane H) to `target` [block_kv, H]."""
     for i, (page, _, offset) in enumerate(pieces):
-        source = inputs.base.at[page, pl.ds(offset, cfg.slots_per_copy), pl.ds(lane, cfg.H)]
-        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)], barrier)
+        rows = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
+        part = target.at[pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
+        plgpu.copy_gmem_to_smem(inputs.base.at[page, rows, pl.ds(lane, cfg.H)], part, barrier)
 
 
 def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None:
     """Copies a block of low-rank keys or values to `target` [R, block_kv]."""
     for i, (_, page, offset) in enumerate(pieces):
-        lanes = pl.ds(offset, cfg.slots_per_copy)
+        lanes = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
         part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
         copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
 
@@ -356,7 +365,8 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
 
         @pl.loop(0, padded_rank(cfg.r_v) // 16)
         def _low_rank_values(i):
-            keep(smem.low_rank_v.at[slot, pl.ds(pl.multiple_of(i * 16, 16), 16)], 1, limit, lanes=cfg.low_rank_v_lanes)
+            rows = pl.ds(pl.multiple_of(i * 16, 16), 16)
+            keep(smem.low_rank_v.at[slot, rows], 1, limit, lanes=cfg.low_rank_v_lanes)
 
 
 # The warpgroup that adds low-rank keys.
@@ -591,6 +601,9 @@ def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, block
         raise NotImplementedError(f"prefill takes pages of 16, 32, 64, 128 or a multiple of 128 slots, not {p}")
     if sm_scale <= 0:
         raise NotImplementedError(f"prefill takes a positive sm_scale, not {sm_scale}")
+    ranks = [0 if pool is None else pool.shape[1] for pool in low_rank or LowRank(None)]
+    if shared_memory(H, *ranks, blocks) > SHARED_MEMORY:
+        raise NotImplementedError(f"prefill has too little shared memory for ranks {ranks} and {blocks}")
     for pool in low_rank or ():
         if pool is not None and (pool.shape[1] % 8 or pool.shape[1] > 64):
             raise NotImplementedError(f"prefill takes ranks 8, 16, 24 .. 64, not {pool.shape[1]}")

@@ -99,7 +99,7 @@ def cost(config: Config, grid, q, base, low_rank: LowRank, table) -> pl.CostEsti
     """The most that the call can cost: every column of every row's table is read."""
     keys = table.shape[-1] * config.p
     num_items = math.prod(grid)
-    pairs = num_items * config.K * config.rows * keys
+    pairs = num_items * config.units * config.rows * keys
     page_bytes = math.prod(base.shape[1:]) * base.dtype.itemsize
     page_bytes += sum(math.prod(pool.shape[1:]) * pool.dtype.itemsize for pool in low_rank if pool is not None)
     return pl.CostEstimate(

@@ -121,15 +121,16 @@ def decode(
     B, _, N, H = q.shape
     K, p = base.shape[1:3]
     G, W = N // K, page_table.base.shape[1]
-    R, n = block_sizes.rows_per_item, min(W, max(1, block_sizes.block_kv // p))
+    R, (n, m) = block_sizes.rows_per_item, block_sizes.pages(p, W)
     sizes = PlanSizes(rows_per_item=R, pages_per_block=n, programs=1, heads=1)
     plan = plan_decode(page_table, adapter_ids, T=1, page_size=p, sizes=sizes)
     I = plan.rows.shape[0]  # noqa: E741 (the plan's letter)
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank)
     rows = -(-G * R // 16) * 16  # whole tiles of 16-bit numbers
     config = Config(
-        K=K, H=H, p=p, n=n, R=R, tokens=1, r_v=r_v, r_k=r_k, rows=rows, W=W, sm_scale=sm_scale, dtype=q.dtype
-    )
+        K=K, H=H, p=p, n=n, m=m, R=R, tokens=1, r_v=r_v, r_k=r_k, groups=1, rows=rows, W=W,
+        sm_scale=sm_scale, dtype=q.dtype,
+    )  # fmt: skip
 
     queries = in_k_lanes(q.reshape(B, K, G, H))[jnp.maximum(plan.rows, 0)]  # [I, R, K, G, width]
     queries = jnp.einsum("irkgh->ikgrh", queries).reshape(I, K, 1, G * R, -1)

@@ -28,17 +28,24 @@ LOG2_E = 1.4426950408889634
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a program is compiled for. n: pages per block; R: slots per item; tokens: of a slot, a power of two."""
+    """What a program is compiled for.
+
+    n: pages per block, of which m are worked on at a time; m divides n. R: slots per item; tokens: of a slot, a power
+    of two. groups: how many groups of query rows a kv head has, in `q` [1, K, groups, rows, width]; rows: of a group,
+    in the order (query head, slot, token), then padding.
+    """
 
     K: int
     H: int
     p: int
     n: int
+    m: int
     R: int
     tokens: int
     r_v: int
     r_k: int
-    rows: int  # query rows per kv head: (query head of the group, slot, token), the token fastest, then padding
+    groups: int
+    rows: int
     W: int
     sm_scale: float
     dtype: jnp.dtype
@@ -54,12 +61,22 @@ class Config:
         return self.n * self.p
 
     @property
-    def heads_at_once(self) -> int:
-        """kv heads whose probabilities meet the low-rank values in one product: enough to fill the matrix unit."""
-        heads = min(self.K, max(1, LANES // self.rows))
-        while self.K % heads:
-            heads -= 1
-        return heads
+    def step(self) -> int:
+        """Keys that are worked on at a time."""
+        return self.m * self.p
+
+    @property
+    def units(self) -> int:
+        """Groups of query rows, of all kv heads."""
+        return self.K * self.groups
+
+    @property
+    def units_at_once(self) -> int:
+        """Units whose probabilities meet the low-rank values in one product: enough to fill the matrix unit."""
+        units = min(self.units, max(1, LANES // self.rows))
+        while self.units % units:
+            units -= 1
+        return units
 
     def scratch_shapes(self) -> dict:
         def f32(*shape):
@@ -71,13 +88,14 @@ class Config:
             "low_rank_v": pltpu.VMEM((2, n, R, self.r_v, p), self.dtype) if self.r_v else None,
             "low_rank_k": pltpu.VMEM((2, n, R, self.r_k, p), self.dtype) if self.r_k else None,
             "b_k": pltpu.VMEM((R, K, self.r_k, self.H), self.dtype) if self.r_k else None,
-            "cos": f32(self.H // 2, self.block) if self.r_k else None,
-            "sin": f32(self.H // 2, self.block) if self.r_k else None,
-            "scores": f32(self.rows, self.block) if self.r_k else None,
-            "o": f32(K, self.rows, self.width),
-            "o_lr": f32(K, self.rows, R * self.r_v) if self.r_v else None,
-            "m": f32(K, self.rows, LANES),
-            "l": f32(K, self.rows, LANES),
+            "cos": f32(self.H // 2, self.step) if self.r_k else None,
+            "sin": f32(self.H // 2, self.step) if self.r_k else None,
+            "keys": pltpu.VMEM((self.width, self.step), self.dtype) if self.r_k else None,
+            "scores": f32(self.rows, self.step) if self.r_k else None,
+            "o": f32(self.units, self.rows, self.width),
+            "o_lr": f32(self.units, self.rows, R * self.r_v) if self.r_v else None,
+            "m": f32(self.units, self.rows, LANES),
+            "l": f32(self.units, self.rows, LANES),
             "semaphores": pltpu.SemaphoreType.DMA((2, 3)),
         }
 
@@ -209,104 +227,121 @@ class Item:
 
     def attend_block(self, block, limits):
         """One block of keys; `limits` is None where every query sees every key of it."""
-        c, half, first_key = self.c, block % 2, (self.first + block * self.c.n) * self.c.p
-        together = c.heads_at_once
-        if c.r_k:
-            self.rotate_block(first_key)
+        c = self.c
+        first_page = self.first + block * c.n
+        if c.n == c.m:
+            self.attend_step(block % 2, 0, first_page * c.p, limits)
+            return
 
-        def heads(group, _):
-            parts = [self.attend_head(group * together + j, half, first_key, limits) for j in range(together)]
-            if c.r_v:
-                probs, rescales = zip(*parts, strict=True)
-                self.add_low_rank(group * together, probs, rescales, half, first_key, limits is not None)
+        def step(i, _):
+            self.attend_step(block % 2, i * c.m, (first_page + i * c.m) * c.p, limits)
             return 0
 
-        if together == c.K:
-            heads(0, 0)
-        else:
-            lax.fori_loop(0, c.K // together, heads, 0)
+        lax.fori_loop(0, jnp.minimum(pl.cdiv(self.end - first_page, c.m), c.n // c.m), step, 0)
 
-    def attend_head(self, h, half, first_key, limits):
-        """Adds a block to o, m and l of kv head h. Returns the probabilities and what older sums were scaled with."""
-        c, s = self.c, self.s
+    def attend_step(self, half, first_page, first_key, limits):
+        """The m pages of a block from `first_page` on, whose first key has the position `first_key`."""
+        c = self.c
+        pages = pl.ds(first_page, c.m)
+        together = c.units_at_once
+        if c.r_k:
+            self.rotate_step(first_key)
+
+        def units(turn, _):
+            first = turn * together
+            parts = [self.attend_unit(first + j, half, pages, first_key, limits) for j in range(together)]
+            if c.r_v:
+                probs, rescales = zip(*parts, strict=True)
+                self.add_low_rank(first, probs, rescales, half, pages, first_key, limits is not None)
+            return 0
+
+        if together == c.units:
+            units(0, 0)
+        else:
+            lax.fori_loop(0, c.units // together, units, 0)
+
+    def attend_unit(self, unit, half, pages, first_key, limits):
+        """Adds keys to o, m and l of a unit. Returns the probabilities and what older sums were scaled with."""
+        c, s, h = self.c, self.s, unit // self.c.groups
         if c.r_k:  # before anything is loaded: branches between loads and their use bring the compiler for v6e down
-            self.low_rank_scores(h, half)
-        kv = s["base"][half, :, h].reshape(c.block, 2 * c.H)
+            self.low_rank_scores(unit, half, pages)
+        kv = s["base"][half, pages, h].reshape(c.step, 2 * c.H)
         k = kv if c.H < LANES else kv[:, : c.H]
-        scores = matmul(self.query(h), k, TRANSPOSED)
+        scores = matmul(self.query(unit), k, TRANSPOSED)
         if c.r_k:
             scores += s["scores"][...]
         scores *= c.sm_scale * LOG2_E
         if limits is not None:
-            keys = first_key + lax.broadcasted_iota(jnp.int32, (c.rows, c.block), 1)
+            keys = first_key + lax.broadcasted_iota(jnp.int32, (c.rows, c.step), 1)
             scores = jnp.where(keys < limits, scores, UNSEEN)
-        m = s["m"][h][:, :1]
+        m = s["m"][unit][:, :1]
         new_m = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
         rescale, probs = jnp.exp2(m - new_m), jnp.exp2(scores - new_m)
-        new_l = s["l"][h][:, :1] * rescale + jnp.sum(probs, axis=1, keepdims=True)
-        s["m"][h] = jnp.broadcast_to(new_m, (c.rows, LANES))
-        s["l"][h] = jnp.broadcast_to(new_l, (c.rows, LANES))
+        new_l = s["l"][unit][:, :1] * rescale + jnp.sum(probs, axis=1, keepdims=True)
+        s["m"][unit] = jnp.broadcast_to(new_m, (c.rows, LANES))
+        s["l"][unit] = jnp.broadcast_to(new_l, (c.rows, LANES))
         probs = probs.astype(c.dtype)
         v = kv if c.H < LANES else kv[:, c.H :]
         if limits is not None:  # what nobody wrote may be NaN, and 0 · NaN is NaN
-            keys = first_key + lax.broadcasted_iota(jnp.int32, (c.block, 1), 0)
+            keys = first_key + lax.broadcasted_iota(jnp.int32, (c.step, 1), 0)
             v = jnp.where(keys < self.items.seen_by_any[self.i], v, jnp.zeros_like(v))
-        s["o"][h] = s["o"][h] * rescale + matmul(probs, v)
+        s["o"][unit] = s["o"][unit] * rescale + matmul(probs, v)
         return probs, rescale
 
-    def query(self, h):
+    def query(self, unit):
         """[rows, width]"""
-        return self.q[0, h].reshape(self.c.rows, self.c.width)
+        return self.q[0, unit // self.c.groups, unit % self.c.groups]
 
-    def add_low_rank(self, h, probs, rescales, half, first_key, masked: bool):
-        """Adds P Lᵀ of some kv heads to o_lr, side by side for the slots that read pages of their own."""
+    def add_low_rank(self, first, probs, rescales, half, pages, first_key, masked: bool):
+        """Adds P Lᵀ of some units to o_lr, side by side for the slots that read pages of their own."""
         c, s = self.c, self.s
 
+        def seen(page, slot, t):
+            keys = first_key + t * c.p + lax.broadcasted_iota(jnp.int32, (1, c.p), 1)
+            return jnp.where(keys < self.slot_scalar(self.items.reader_ends, slot), page, jnp.zeros_like(page))
+
         def add():
-            pages = []
-            for t in range(c.n):
-                page = s["low_rank_v"][half, t]  # [R, r_v, p]
-                if masked:
-                    keys = first_key + t * c.p + lax.broadcasted_iota(jnp.int32, (1, c.p), 1)
-                    page = jnp.stack([
-                        jnp.where(keys < self.slot_scalar(self.items.reader_ends, slot), page[slot],
-                                  jnp.zeros_like(page[slot]))
-                        for slot in range(c.R)
-                    ])  # fmt: skip
-                pages.append(page.reshape(c.R * c.r_v, c.p))
-            low_rank = jnp.concatenate(pages, axis=1)
+            tiles = s["low_rank_v"][half, pages]  # [m, R, r_v, p]
+            by_page = []
+            for t in range(c.m):
+                slots = [seen(tiles[t, slot], slot, t) if masked else tiles[t, slot] for slot in range(c.R)]
+                by_page.append(jnp.concatenate(slots, axis=0))
+            low_rank = jnp.concatenate(by_page, axis=1)  # [R r_v, step]
             new = matmul(jnp.concatenate(probs, axis=0), low_rank, TRANSPOSED)
             for j, rescale in enumerate(rescales):
-                s["o_lr"][h + j] = s["o_lr"][h + j] * rescale + new[j * c.rows : (j + 1) * c.rows]
+                s["o_lr"][first + j] = s["o_lr"][first + j] * rescale + new[j * c.rows : (j + 1) * c.rows]
 
         pl.when(self.items.any_reader[self.i] > 0)(add)
 
-    def rotate_block(self, first_key):
-        """Leaves cos and sin of a block's positions in scratch, [H/2, keys] each."""
-        keys = first_key + lax.broadcasted_iota(jnp.int32, (self.c.H // 2, self.c.block), 1)
+    def rotate_step(self, first_key):
+        """Leaves cos and sin of the positions in scratch, [H/2, step] each."""
+        keys = first_key + lax.broadcasted_iota(jnp.int32, (self.c.H // 2, self.c.step), 1)
         angles = keys.astype(jnp.float32) * self.inv_freq[:, :1]
         self.s["cos"][...], self.s["sin"][...] = jnp.cos(angles), jnp.sin(angles)
 
-    def low_rank_scores(self, h, half):
-        """Leaves q RoPE(L B)ᵀ in scratch: of every slot that expands keys, for its rows and those that read the same.
-
-        Everything lies with tokens on the lanes, as the low-rank pages do: Bᵀ L is [H, keys], and so is its rotation.
-        """
-        c, s = self.c, self.s
+    def low_rank_scores(self, unit, half, pages):
+        """Leaves q RoPE(L B)ᵀ in scratch, of every slot that expands keys: for its rows and those that read the same."""
+        c, s, h = self.c, self.s, unit // self.c.groups
         s["scores"][...] = jnp.zeros(s["scores"].shape, jnp.float32)
 
         def add(slot):
-            pages = [s["low_rank_k"][half, t, self.reader(slot)] for t in range(c.n)]
-            expanded = matmul(s["b_k"][slot, h], jnp.concatenate(pages, axis=1), ((0,), (0,)))
-            low, high, cos, sin = expanded[: c.H // 2], expanded[c.H // 2 :], s["cos"][...], s["sin"][...]
-            parts = [low * cos - high * sin, high * cos + low * sin]
-            if c.width > c.H:
-                parts.append(jnp.zeros((c.width - c.H, c.block), jnp.float32))
-            keys = jnp.concatenate(parts, axis=0).astype(c.dtype)
+            if c.R == 1 and c.groups > 1:  # the groups of a kv head follow each other
+                pl.when(unit % c.groups == 0)(lambda: self.expand_keys(slot, h, half, pages))
+            else:
+                self.expand_keys(slot, h, half, pages)
             own = self.per_row(self.items.expanders, missing=-1) == slot
-            s["scores"][...] += jnp.where(own, matmul(self.query(h), keys), 0.0)
+            s["scores"][...] += jnp.where(own, matmul(self.query(unit), s["keys"][...]), 0.0)
 
         self.for_slots(self.items.expanders, add)
 
-    def reader(self, slot):
-        return jnp.maximum(self.slot_scalar(self.items.readers, slot), 0)
+    def expand_keys(self, slot, h, half, pages):
+        """Leaves RoPE(L B)ᵀ in scratch. Tokens lie on the lanes, as in the low-rank pages: Bᵀ L is [H, step]."""
+        c, s = self.c, self.s
+        tiles = s["low_rank_k"][half, pages, jnp.maximum(self.slot_scalar(self.items.readers, slot), 0)]
+        low_rank = jnp.concatenate([tiles[t] for t in range(c.m)], axis=1)
+        expanded = matmul(s["b_k"][slot, h], low_rank, ((0,), (0,)))
+        low, high, cos, sin = expanded[: c.H // 2], expanded[c.H // 2 :], s["cos"][...], s["sin"][...]
+        parts = [low * cos - high * sin, high * cos + low * sin]
+        if c.width > c.H:
+            parts.append(jnp.zeros((c.width - c.H, c.step), jnp.float32))
+        s["keys"][...] = jnp.concatenate(parts, axis=0).astype(c.dtype)

@@ -54,23 +54,23 @@ def finish_tile(item: Item, *refs, num_adapters: int, has_values: bool):
     adapter_id = item.slot_scalar(item.items.adapter_ids, 0)
     unknown = (adapter_id < 0) | (adapter_id >= num_adapters)
     live = item.limits() > 0
-    G = o_ref.shape[2]
 
-    def write_head(h, _):
-        sums = jnp.where(live, s["l"][h][:, :1], 1.0)
-        o = s["o"][h] / sums
+    def write_unit(unit, _):
+        h, g = unit // c.groups, unit % c.groups
+        sums = jnp.where(live, s["l"][unit][:, :1], 1.0)
+        o = s["o"][unit] / sums
         if b_v is not None:
-            delta = matmul(s["o_lr"][h] / sums, b_v[0, h].astype(jnp.float32))
+            delta = matmul(s["o_lr"][unit] / sums, b_v[0, h].astype(jnp.float32))
             o += jnp.where(adapter_id > 0, delta, 0.0)
         o = jnp.where(live, jnp.where(unknown, jnp.nan, o), 0.0)
-        o_ref[0, h] = o.reshape(G, c.tokens, c.width).astype(o_ref.dtype)
+        o_ref[0, h, g] = o.astype(o_ref.dtype)
         for ref in lse_ref:
-            lse = jnp.where(live, LN_2 * s["m"][h][:, :1] + jnp.log(sums), -jnp.inf)
-            ref[0, h] = jnp.broadcast_to(lse, (c.rows, LANES)).reshape(G, c.tokens, LANES)
+            lse = jnp.where(live, LN_2 * s["m"][unit][:, :1] + jnp.log(sums), -jnp.inf)
+            ref[0, h, g] = jnp.broadcast_to(lse, (c.rows, LANES))
         return 0
 
     def write():
-        lax.fori_loop(0, c.K, write_head, 0)
+        lax.fori_loop(0, c.units, write_unit, 0)
 
     def write_nothing():
         o_ref[...] = jnp.zeros(o_ref.shape, o_ref.dtype)
@@ -103,9 +103,10 @@ def prefill(
     block_q = min(block_sizes.block_q, max(16, next_power(T)))
     tiles = -(-T // block_q)
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank)
+    n, m = block_sizes.pages(p, W)
     config = Config(
-        K=K, H=H, p=p, n=min(W, max(1, block_sizes.block_kv // p)), R=1, tokens=block_q, r_v=r_v, r_k=r_k,
-        rows=G * block_q, W=W, sm_scale=sm_scale, dtype=q.dtype,
+        K=K, H=H, p=p, n=n, m=m, R=1, tokens=block_q, r_v=r_v, r_k=r_k, groups=G, rows=block_q, W=W,
+        sm_scale=sm_scale, dtype=q.dtype,
     )  # fmt: skip
     num_adapters = max((b.shape[0] for b in lora_b if b is not None), default=1)
 

@@ -18,14 +18,27 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """num_stages: blocks of keys under way, less where memory is short. programs: items times kv heads at once."""
+    """num_stages: blocks of keys under way, less where memory is short. compute: warpgroups that compute, 1 or 2.
 
-    num_stages: int = 5
+    programs: items times kv heads that run at once, one per processor.
+    """
+
+    num_stages: int
+    compute: int
     programs: int = 132
 
     def __post_init__(self):
-        if self.num_stages < 2 or self.programs < 1:
-            raise ValueError(f"{self}: num_stages must be at least 2 and programs at least 1")
+        if self.num_stages < 2 or self.compute not in (1, 2) or self.programs < 1:
+            raise ValueError(f"{self}: num_stages must be at least 2, compute 1 or 2, programs at least 1")
+
+
+def heuristic(rows: int, keys: int, r_k: int) -> BlockSizes:
+    """For that many (row, token) pairs against caches of up to that many keys, with low-rank keys of that rank.
+
+    One warpgroup keeps up with the memory where a block is one pair of products and one softmax. Reading several
+    agents' low-rank pages, or rebuilding keys, takes two.
+    """
+    return BlockSizes(num_stages=4 if keys <= 8192 else 3, compute=1 if rows == 1 and not r_k else 2)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "return_lse", "block_sizes", "interpret"))
@@ -47,13 +60,15 @@ def decode(
     B, T, N, H = q.shape
     K, p = base.shape[1:3]
     W, G = page_table.base.shape[1], N // K
-    block_sizes = block_sizes or BlockSizes()
     low_rank, lora_b = low_rank or LowRank(None), lora_b or LoraB(None)
+    r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank)
+    if r_k and p < BLOCK_KV:
+        raise NotImplementedError(f"page size {p} with low-rank keys: they are rebuilt {BLOCK_KV} of one page at a time")
+    block_sizes = block_sizes or heuristic(B * T, W * p, r_k)
     shapes = Shapes(
         T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),
-        r_v=0 if low_rank.v is None else low_rank.v.shape[1],
-        r_k=0 if low_rank.k is None else low_rank.k.shape[1],
-        readers=min(BLOCK_Q // G, B), stages=block_sizes.num_stages, scale=sm_scale * LOG2_E,
+        r_v=r_v, r_k=r_k, readers=min(BLOCK_Q // G, B),
+        stages=block_sizes.num_stages, compute=block_sizes.compute, scale=sm_scale * LOG2_E,
         interpret=interpret,
     ).fitted()  # fmt: skip
     R = shapes.R

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import LEAST, interpreter
 
 LANES = 128  # threads of a warpgroup
 BATCH = 8  # loads under way at a time
@@ -47,7 +47,7 @@ def joined(partial, num_parts, H: int, r: int, aux_lane: int):
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), strided(width))
 
-    start = (zeros(width), zeros(LANES) if r else None, jnp.float32(-1e30), jnp.float32(0))
+    start = (zeros(width), zeros(LANES) if r else None, jnp.float32(LEAST), jnp.float32(0))
     return lax.fori_loop(0, (num_parts + BATCH - 1) // BATCH, batch, start)
 
 

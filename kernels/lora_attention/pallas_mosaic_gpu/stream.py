@@ -1,10 +1,9 @@
 """Few queries per row against long caches, on Hopper: the keys split over the chip, then one merge that applies B.
 
-Two kernels. `stream` takes one item of a `DecodePlan` and one kv head: a memory warpgroup brings blocks of 64 keys in
-by TMA, several ahead, and a compute warpgroup keeps 64 query rows (all rows of the item, G heads each) under one
-online softmax, with the low-rank accumulator beside the ordinary one. `merge` joins each row's partial results and
-multiplies the low-rank part by the row's own B, once. Split-KV after Flash-Decoding, the accumulators after LRAgent's
-Flash-LoRA-Attention (arXiv 2602.01053).
+`stream` takes one item of a `DecodePlan` and one kv head: a memory warpgroup brings blocks of 64 keys in by TMA,
+several ahead; one or two compute warpgroups take them in turn, each with all 64 query rows (the item's rows, G heads each)
+under an online softmax of its own, with the low-rank accumulator beside the ordinary one, and join at the end.
+Split-KV after Flash-Decoding, the accumulators after LRAgent's Flash-LoRA-Attention (arXiv 2602.01053).
 
 A partial result is a record in f32: o in lanes [0, H), and from lane max(H, 128) on o_lr, then m, then l.
 """
@@ -25,10 +24,13 @@ from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTab
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, PlanSizes, before, plan_decode
 
 BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 keys are one 128-byte row of low-rank
-UNSEEN = -1e30
+# Scores of keys that a row does not see, far below the least maximum: exp2 of the difference is 0 however the products
+# in between are rounded.
+UNSEEN, LEAST = -1e30, -1e20
 LOG2_E = math.log2(math.e)
 LANES = 128  # threads of a warpgroup, one f32 each
 SMEM_BYTES = 227 * 1024
+MAX_BARRIERS = 32  # in one group
 TWO_PI_HIGH, TWO_PI_LOW = 6.28125, 2 * math.pi - 6.28125
 
 COMPILER = functools.partial(
@@ -117,8 +119,14 @@ class Shapes:
     r_k: int
     readers: int  # the most low-rank pages that an item reads per column
     stages: int
+    compute: int  # warpgroups that compute
     scale: float  # of scores, for base 2
     interpret: bool = False
+
+    @property
+    def ready(self) -> int:
+        """Barriers that tell of blocks: a multiple of the warpgroups, so that each always waits for the same ones."""
+        return self.stages * (1 if self.stages % self.compute == 0 else self.compute)
 
     @property
     def page_slots(self) -> int:
@@ -135,14 +143,16 @@ class Shapes:
 
     def smem_bytes(self) -> int:
         """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
-        item = BLOCK_Q * (6 * self.H + 4 * self.aux_width) + (self.readers * self.r_k * self.H + BLOCK_Q * self.H) * 2
+        item = BLOCK_Q * 4 * (self.H + self.aux_width) + 4096
+        if self.r_k:
+            item += 2 * self.H * (BLOCK_Q + self.compute * BLOCK_KV + self.readers * self.r_k)
         stage = BLOCK_KV * 2 * (2 * self.H + self.readers * (self.r_v + self.r_k))
-        return item + self.stages * stage + 2048
+        return item + self.stages * stage
 
     def fitted(self) -> "Shapes":
-        """The same with fewer stages, then with fewer rows per item, so that shared memory holds it."""
+        """The same with fewer stages, then with fewer rows per item, so that shared memory and barriers suffice."""
         fits = self
-        while fits.smem_bytes() > SMEM_BYTES:
+        while fits.smem_bytes() > SMEM_BYTES or fits.stages * fits.readers > MAX_BARRIERS:
             if fits.stages > 2:
                 fits = dataclasses.replace(fits, stages=fits.stages - 1)
             else:
@@ -164,161 +174,238 @@ class Shapes:
         return self.aux_lane + LANES
 
 
-def bring_block(j, span, table, pool, dst, barrier, shapes: Shapes):
-    """Starts the copies of block j of the item's range: from row `table` of page ids, `dst(i)` for its i-th page.
+def page_of_block(j, span, table, shapes: Shapes, i: int = 0):
+    """(page, its first slot that counts) of block j of the item's range; `i`: which of the block's pages.
 
     Columns past the range are read as its last: always a page that may be read, and its keys are masked.
     """
     first, end = span
-    per_page = shapes.blocks_per_page
-    for i in range(shapes.pages_per_block):
-        column = first + (lax.div(j, jnp.int32(per_page)) if per_page > 1 else j * shapes.pages_per_block + i)
-        page = table[jnp.minimum(column, end - 1)]
-        start = lax.rem(j, jnp.int32(per_page)) * BLOCK_KV if per_page > 1 else 0
-        plgpu.copy_gmem_to_smem(pool(page, start), dst(i), barrier)
+    if shapes.blocks_per_page == 1:
+        return table[jnp.minimum(first + j * shapes.pages_per_block + i, end - 1)], 0
+    per_page = jnp.int32(shapes.blocks_per_page)
+    return table[first + lax.div(j, per_page)], lax.rem(j, per_page) * BLOCK_KV
 
 
-def stream_kernel(refs, *, shapes: Shapes, zero_tail):
+def stream_kernel(refs, shapes: Shapes):
     """One item and kv head; see the module."""
-    item, head, wg = lax.axis_index("item"), lax.axis_index("head"), lax.axis_index("wg")
+    item, head, warpgroup = lax.axis_index("item"), lax.axis_index("head"), lax.axis_index("warpgroup")
     first, end = refs.meta[item, 0], refs.meta[item, 1]
 
     @pl.when(first < end)
     def _():
-        pages = end - first
-        if shapes.p <= BLOCK_KV:
-            num_blocks = lax.div(pages + shapes.pages_per_block - 1, jnp.int32(shapes.pages_per_block))
-        else:
-            num_blocks = pages * shapes.blocks_per_page
-        pl.when(wg == 1)(lambda: bring(refs, item, head, (first, end), num_blocks, shapes))
-        pl.when(wg == 0)(lambda: attend(refs, item, head, (first, end), num_blocks, shapes, zero_tail))
+        per_block = jnp.int32(shapes.pages_per_block)
+        num_blocks = lax.div(end - first + per_block - 1, per_block) * shapes.blocks_per_page
+
+        @pl.when(warpgroup == shapes.compute)
+        def _():
+            if shapes.compute == 2:
+                plgpu.set_max_registers(64, action="decrease")
+            bring(refs, item, head, (first, end), num_blocks, shapes)
+
+        @pl.when(warpgroup < shapes.compute)
+        def _():
+            if shapes.compute == 2:
+                plgpu.set_max_registers(216, action="increase")
+            state = attend(refs, item, head, (first, end), num_blocks, warpgroup, shapes)
+            if shapes.compute == 1:
+                finish(refs, item, head, state, shapes)
+            else:
+                pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
+                pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
 
 
 def bring(refs, item, head, span, num_blocks, shapes: Shapes):
     """The memory warpgroup: the item's queries, then block after block into the stage that was read longest ago."""
-    H, K_bytes = shapes.H, shapes.page_slots
     for slot in range(shapes.R):
         row = jnp.maximum(refs.rows[item, slot], 0)
         plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
     leader = refs.meta[item, 2]
     if shapes.r_k:
-
-        def bring_b(e, _):
-            b = refs.lora_b_k.at[refs.expander_ids[item, e], :, head]
-            plgpu.copy_gmem_to_smem(b, refs.b_smem.at[e], refs.b_ready.at[e])
-            return None
-
-        lax.fori_loop(0, refs.expanders.count[item], bring_b, None)
-
-    def base_page(page, start):
-        return refs.base.at[page, head, pl.ds(start, K_bytes)]
-
-    def bring_low_rank(j, stage, readers, pool, smem, ready, count):
-        def one(u, _):
-            row = lax.div(readers.rows[item, u], jnp.int32(shapes.T))
-            at = stage * shapes.readers + u
-            bring_block(
-                j, span, refs.low_rank_table.at[row], lambda page, start: pool.at[page, :, pl.ds(start, K_bytes)],
-                lambda i: smem.at[at, :, pl.ds(i * K_bytes, K_bytes)], ready.at[at], shapes,
-            )  # fmt: skip
-            return None
-
-        lax.fori_loop(0, count, one, None)
+        bring_expansion(refs, item, head)
 
     def step(j, _):
-        stage = lax.rem(j, jnp.int32(shapes.stages))
-
-        @pl.when(j >= shapes.stages)
-        def _wait():
-            plgpu.barrier_wait(refs.read.at[stage])
-
-        bring_block(
-            j, span, refs.table.at[leader], base_page,
-            lambda i: refs.kv_smem.at[stage, pl.ds(i * K_bytes, K_bytes)], refs.kv_ready.at[stage], shapes,
-        )  # fmt: skip
+        stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
+        pl.when(j >= shapes.stages)(lambda: plgpu.barrier_wait(refs.read.at[stage]))
+        for i in range(shapes.pages_per_block):
+            page, start = page_of_block(j, span, refs.table.at[leader], shapes, i)
+            kv = refs.kv_smem.at[stage, pl.ds(i * shapes.page_slots, shapes.page_slots)]
+            slots = refs.base.at[page, head, pl.ds(start, shapes.page_slots)]
+            plgpu.copy_gmem_to_smem(slots, kv, refs.kv_ready.at[ready])
         if shapes.r_k:
-            count = refs.expanders.count[item]
-            bring_low_rank(j, stage, refs.expanders, refs.low_rank_k, refs.k_smem, refs.k_ready, count)
+            bring_low_rank(refs, refs.expanders, item, j, span, shapes, refs.low_rank_k, refs.k_smem, refs.k_ready)
         if shapes.r_v:
-            count = refs.readers.count[item]
-            bring_low_rank(j, stage, refs.readers, refs.low_rank_v, refs.v_smem, refs.v_ready, count)
+            bring_low_rank(refs, refs.readers, item, j, span, shapes, refs.low_rank_v, refs.v_smem, refs.v_ready)
         return None
 
-    del H
     lax.fori_loop(0, num_blocks, step, None)
 
 
-def attend(refs, item, head, span, num_blocks, shapes: Shapes, zero_tail):
-    """The compute warpgroup: 64 query rows over the item's blocks, then their partial results, row by row."""
-    H, G, r = shapes.H, shapes.G, shapes.r_v
+def bring_expansion(refs, item, head):
+    """B of every adapter whose keys are rebuilt, and the queries in the layout that the matrix unit reads."""
+
+    def one(e, _):
+        b = refs.lora_b_k.at[refs.expander_ids[item, e], :, head]
+        plgpu.copy_gmem_to_smem(b, refs.b_smem.at[e], refs.b_ready.at[e])
+        return None
+
+    lax.fori_loop(0, refs.expanders.count[item], one, None)
+    plgpu.barrier_wait(refs.q_ready)
+    refs.q_tiled[...] = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.q_tiled_ready)
+
+
+def with_barrier(ready, j, u, shapes: Shapes, use) -> None:
+    """use(the barrier that tells of reader u's low-rank pages of block j): of those whose turn block j is."""
+    turn, own = lax.div(j, jnp.int32(shapes.compute)), lax.rem(j, jnp.int32(shapes.compute))
+    index = lax.rem(turn, jnp.int32(shapes.stages)) * shapes.readers + u
+    for warpgroup, barriers in enumerate(ready):
+        pl.when(own == warpgroup)(lambda barriers=barriers: use(barriers.at[index]))
+
+
+def bring_low_rank(refs, readers, item, j, span, shapes: Shapes, pool, smem, ready):
+    """A block of every reader's low-rank pages. Page ids are read some at a time: the reads' latencies overlap."""
+    count = readers.count[item]
+    together = min(4, shapes.readers)
+
+    def some(turn, _):
+        for i in range(shapes.pages_per_block):
+            us = [turn * together + n for n in range(together)]
+            rows = [lax.div(readers.rows[item, jnp.minimum(u, count - 1)], jnp.int32(shapes.T)) for u in us]
+            pages = [page_of_block(j, span, refs.low_rank_table.at[row], shapes, i) for row in rows]
+            for u, (page, start) in zip(us, pages, strict=True):
+                at = lax.rem(j, jnp.int32(shapes.stages)) * shapes.readers + u
+
+                @pl.when(u < count)
+                def _(at=at, u=u, page=page, start=start, i=i):
+                    slots = pool.at[page, :, pl.ds(start, shapes.page_slots)]
+                    with_barrier(
+                        ready, j, u, shapes, lambda told: plgpu.copy_gmem_to_smem(slots, smem.at[at, i], told)
+                    )
+
+        return None
+
+    lax.fori_loop(0, lax.div(count + together - 1, jnp.int32(together)), some, None)
+
+
+class State(NamedTuple):
+    """A warpgroup's online softmax, f32, in registers."""
+
+    o: Float[Array, "64 H"]
+    o_lr: Float[Array, "64 r_v"] | None
+    m: Float[Array, " 64"]
+    l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
+
+
+def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> State:
+    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
+    H, r = shapes.H, shapes.r_v
     start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
     limits = plgpu.load(refs.limits.at[item], layout=PER_ROW, optimized=False)
     reader_of_row = plgpu.load(refs.readers.of_row.at[item], layout=PER_ROW, optimized=False) if r else None
-    plgpu.barrier_wait(refs.q_ready)
-    q = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
-    if shapes.r_k:  # which leaves no registers for the queries
-        refs.q_tiled[...] = q
-        plgpu.commit_smem()
-        q = refs.q_tiled
+    if shapes.r_k:  # the queries stay in shared memory: rebuilding keys takes the registers
+        plgpu.barrier_wait(refs.q_tiled_ready)
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
+        q = refs.q_tiled
+    else:
+        plgpu.barrier_wait(refs.q_ready)
+        q = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
+    plgpu.barrier_arrive(refs.q_read)
 
-    def block(j, carry, masked: bool):
-        o, o_lr, m, l = carry
-        stage = lax.rem(j, jnp.int32(shapes.stages))
+    def block(i, state: State, masked: bool) -> State:
+        j = shapes.compute * i + warpgroup
+        stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
         position = start + j * BLOCK_KV
-        plgpu.barrier_wait(refs.kv_ready.at[stage])
-        scores = product(q, refs.kv_smem.at[stage, :, pl.ds(0, H)].transpose((1, 0)), interpret=shapes.interpret)
+        plgpu.barrier_wait(refs.kv_ready.at[ready])
+        k, v = refs.kv_smem.at[stage, :, pl.ds(0, H)], refs.kv_smem.at[stage, :, pl.ds(H, H)]
+        scores = product(q, k.transpose((1, 0)), interpret=shapes.interpret)
         if shapes.r_k:
-            scores = own_scores(refs, scores, stage, position, item, shapes)
+            scores = own_scores(refs, scores, j, stage, position, item, warpgroup, shapes)
         if masked:
             keys = position + plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q, BLOCK_KV), 1, layout=WGMMA)
             scores = jnp.where(keys < over_lanes(limits, BLOCK_KV), scores, UNSEEN)
-            zero_values(refs.kv_smem.at[stage, :, pl.ds(H, H)], held_end - position, H)
-        m_new = jnp.maximum(m, scores.max(axis=1) * shapes.scale)
-        rescale = jnp.exp2(m - m_new)
-        probs = jnp.exp2(scores * shapes.scale - over_lanes(m_new, BLOCK_KV))
-        l = l * rescale + probs.sum(axis=1)  # noqa: E741
-        o = product(
-            probs.astype(refs.q.dtype), refs.kv_smem.at[stage, :, pl.ds(H, H)], o * over_lanes(rescale, H),
-            interpret=shapes.interpret,
-        )  # fmt: skip
+            zero_values(v, held_end - position, H)
+        m = jnp.maximum(state.m, scores.max(axis=1) * shapes.scale)
+        rescale = jnp.exp2(state.m - m)
+        probs = jnp.exp2(scores * shapes.scale - over_lanes(m, BLOCK_KV))
+        sums = state.l * rescale + probs.sum(axis=1)
+        o = product(probs.astype(refs.q.dtype), v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
+        o_lr = None
         if r:
-            o_lr = read_low_rank(o_lr * over_lanes(rescale, r), probs, stage, position, masked)
+            o_lr = read_low_rank(state.o_lr * over_lanes(rescale, r), probs, j, stage, position, masked)
         plgpu.barrier_arrive(refs.read.at[stage])
-        return o, o_lr, m_new, l
+        return State(o, o_lr, m, sums)
 
-    def read_low_rank(o_lr, probs, stage, position, masked):
+    def read_low_rank(o_lr, probs, j, stage, position, masked):
+        slots = shapes.page_slots
+
         def one(u, o_lr):
             at = stage * shapes.readers + u
-            plgpu.barrier_wait(refs.v_ready.at[at])
+            with_barrier(refs.v_ready, j, u, shapes, plgpu.barrier_wait)
             if masked:
-                zero_tail(refs, at, refs.readers.limits[item, u] - position, r)
-            own = jnp.where(over_lanes(reader_of_row, BLOCK_KV) == u, probs, 0.0)
-            return product(own.astype(refs.q.dtype), refs.v_smem.at[at].transpose((1, 0)), o_lr, interpret=shapes.interpret)
+                zero_low_rank(refs, at, refs.readers.limits[item, u] - position, shapes)
+            own = jnp.where(over_lanes(reader_of_row, BLOCK_KV) == u, probs, 0.0).astype(refs.q.dtype)
+            for i in range(shapes.pages_per_block):
+                part = own if slots == BLOCK_KV else own[:, i * slots : (i + 1) * slots]
+                page = refs.v_smem.at[at, i].transpose((1, 0))
+                o_lr = product(part, page, o_lr, interpret=shapes.interpret)
+            return o_lr
 
         return lax.fori_loop(0, refs.readers.count[item], one, o_lr)
 
-    o = full((BLOCK_Q, H), 0, WGMMA)
     o_lr = full((BLOCK_Q, r), 0, WGMMA) if r else None
-    m, l = full((BLOCK_Q,), UNSEEN, PER_ROW), full((BLOCK_Q,), 0, PER_ROW)  # noqa: E741
+    state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
     unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
-    carry = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), (o, o_lr, m, l))
-    o, o_lr, m, l = lax.fori_loop(unmasked, num_blocks, functools.partial(block, masked=True), carry)  # noqa: E741
+    turn = jnp.int32(shapes.compute)
+    unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
+    state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
+    return lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
 
-    refs.o_smem[...] = o
-    if r:
-        refs.aux_smem[:, pl.ds(0, r)] = o_lr
+
+def hand_over(refs, state: State):
+    """The second compute warpgroup leaves its result to the first, where the queries were."""
+    plgpu.barrier_wait(refs.q_read)
+    refs.o_smem[...] = state.o
+    if state.o_lr is not None:
+        refs.aux_smem[:, pl.ds(0, state.o_lr.shape[1])] = state.o_lr
+    refs.m_smem[...], refs.l_smem[...] = state.m, state.l
+    plgpu.barrier_arrive(refs.handed_over)
+
+
+def join(refs, state: State) -> State:
+    """What the first warpgroup and the second have seen together."""
+    plgpu.barrier_wait(refs.handed_over)
+    other_m, other_l = (plgpu.load(x, layout=PER_ROW, optimized=False) for x in (refs.m_smem, refs.l_smem))
+    m = jnp.maximum(state.m, other_m)
+    own, other = jnp.exp2(state.m - m), jnp.exp2(other_m - m)
+
+    def both(mine, ref):
+        width = mine.shape[1]
+        theirs = plgpu.load(ref, layout=WGMMA, optimized=False)
+        return mine * over_lanes(own, width) + theirs * over_lanes(other, width)
+
+    o_lr = None if state.o_lr is None else both(state.o_lr, refs.aux_smem.at[:, pl.ds(0, state.o_lr.shape[1])])
+    return State(both(state.o, refs.o_smem), o_lr, m, state.l * own + other_l * other)
+
+
+def finish(refs, item, head, state: State, shapes: Shapes):
+    """Writes every row's record."""
+    r = shapes.r_v
+    refs.o_smem[...] = state.o
+    if state.o_lr is not None:
+        refs.aux_smem[:, pl.ds(0, r)] = state.o_lr
     lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q, 8), 1, layout=WGMMA)
-    refs.aux_smem[:, pl.ds(r, 8)] = jnp.where(lane == 0, over_lanes(m, 8), over_lanes(l, 8))
+    refs.aux_smem[:, pl.ds(r, 8)] = jnp.where(lane == 0, over_lanes(state.m, 8), over_lanes(state.l, 8))
     plgpu.commit_smem()
     for slot in range(shapes.R):
         row = refs.rows[item, slot]
 
         @pl.when(row >= 0)
         def _(slot=slot, row=row):
-            rows, record = pl.ds(slot * G, G), refs.partial.at[row, refs.parts[item, slot], head]
-            plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, H)])
-            plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], record.at[:, pl.ds(shapes.aux_lane, shapes.aux_width)])
+            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[row, refs.parts[item, slot], head]
+            aux = record.at[:, pl.ds(shapes.aux_lane, shapes.aux_width)]
+            plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, shapes.H)])
+            plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], aux)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -335,23 +422,24 @@ def rotation(refs, position, shapes: Shapes):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def own_scores(refs, scores, stage, position, item, shapes: Shapes):
+def own_scores(refs, scores, j, stage, position, item, warpgroup, shapes: Shapes):
     """Scores of rows with low-rank keys, from K_base + RoPE(L_k B_k) of each adapter in turn; the others' as they are."""
     half = shapes.H // 2
+    own_k = refs.own_k.at[warpgroup]
     adapter_of_row = plgpu.load(refs.expanders.of_row.at[item], layout=PER_ROW, optimized=False)
 
     def one(e, scores):
         at = stage * shapes.readers + e
-        plgpu.barrier_wait(refs.k_ready.at[at])
-        low_rank, b = refs.k_smem.at[at].transpose((1, 0)), refs.b_smem.at[e]
+        with_barrier(refs.k_ready, j, e, shapes, plgpu.barrier_wait)
+        low_rank, b = refs.k_smem.at[at, 0].transpose((1, 0)), refs.b_smem.at[e]
         cos, sin = rotation(refs, position, shapes)
         low = product(low_rank, b.at[:, pl.ds(0, half)], interpret=shapes.interpret)
         high = product(low_rank, b.at[:, pl.ds(half, half)], interpret=shapes.interpret)
         for lanes, added in ((pl.ds(0, half), low * cos - high * sin), (pl.ds(half, half), high * cos + low * sin)):
             base = plgpu.load(refs.kv_smem.at[stage, :, lanes], layout=WGMMA).astype(jnp.float32)
-            refs.own_k[:, lanes] = (base + added).astype(refs.q.dtype)
+            own_k[:, lanes] = (base + added).astype(refs.q.dtype)
         plgpu.commit_smem()
-        own = product(refs.q_tiled, refs.own_k.transpose((1, 0)), interpret=shapes.interpret)
+        own = product(refs.q_tiled, own_k.transpose((1, 0)), interpret=shapes.interpret)
         return jnp.where(over_lanes(adapter_of_row, BLOCK_KV) == e, own, scores)
 
     return lax.fori_loop(0, refs.expanders.count[item], one, scores)
@@ -364,25 +452,26 @@ def zero_values(values, held, H: int):
     plgpu.commit_smem()
 
 
-def zero_low_rank_tail(refs, at, held, r: int):
-    """The same for a block of low-rank values [r, 64], through a flat view of the buffer.
+def zero_low_rank(refs, at, held, shapes: Shapes):
+    """The same for a block of low-rank values, through a flat view of the buffer.
 
-    No register layout fits r < 64 rows of a swizzled buffer. Flat, it is plain: 16-byte chunk c of row i lies at chunk
-    c ^ (i % 8).
+    No register layout fits r < 64 rows of a swizzled buffer. Flat, it is plain: rows of `page_slots`, in which the
+    number of a 16-byte chunk has the number of its 128-byte line added to it, bit by bit.
     """
-    flat = refs.v_flat.at[at]
-    index = plgpu.broadcasted_iota(jnp.int32, (r * BLOCK_KV,), 0, layout=plgpu.Layout.WG_STRIDED((r * BLOCK_KV,), vec_size=min(8, r // 2)))
-    row, lane = index // BLOCK_KV, index % BLOCK_KV
-    slot = ((lane // 8) ^ (row % 8)) * 8 + lane % 8
-    values = plgpu.load(flat, layout=plgpu.Layout.WG_STRIDED((r * BLOCK_KV,), vec_size=min(8, r // 2)))
-    flat[...] = jnp.where(slot < held, values, jnp.zeros((), values.dtype))
-    plgpu.commit_smem()
-
-
-def zero_interpreted_tail(refs, at, held, r: int):
-    """The same where buffers have no layout."""
-    slots = lax.broadcasted_iota(jnp.int32, (r, BLOCK_KV), 1)
-    refs.v_smem[at] = jnp.where(slots < held, refs.v_smem[at], jnp.zeros((), refs.v_smem.dtype))
+    dtype, size = refs.q.dtype, shapes.r_v * BLOCK_KV
+    if shapes.interpret:  # buffers have no layout there
+        slots = jnp.stack([jnp.full((shapes.r_v, shapes.page_slots), i * shapes.page_slots) for i in range(shapes.pages_per_block)])
+        slots += lax.broadcasted_iota(jnp.int32, slots.shape, 2)
+        refs.v_smem[at] = jnp.where(slots < held, refs.v_smem[at], jnp.zeros((), dtype))
+    else:
+        layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(8, size // LANES))
+        byte = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) * 2
+        row_bytes = 2 * shapes.page_slots
+        byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
+        page = lax.div(byte, jnp.int32(shapes.r_v * row_bytes))
+        slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
+        flat = refs.v_flat.at[at]
+        flat[...] = jnp.where(slot < held, plgpu.load(flat, layout=layout), jnp.zeros((), dtype))
     plgpu.commit_smem()
 
 
@@ -418,8 +507,12 @@ def stream(
     scratch = {
         "kv_smem": tiled(s.stages, BLOCK_KV, 2 * s.H, dtype=dtype, swizzle=swizzle),
         "aux_smem": plgpu.SMEM((BLOCK_Q, s.aux_width), jnp.float32),
+        "m_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
+        "l_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=R),
-        "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages),
+        "q_read": plgpu.Barrier(num_arrivals=s.compute),
+        "handed_over": plgpu.Barrier(),
+        "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.ready),
         "read": plgpu.Barrier(num_barriers=s.stages),
     }
     if s.r_v or s.r_k:
@@ -427,10 +520,10 @@ def stream(
     if s.r_v:
         readers = readers_of(plan, plan.readers, s.G, s.readers)
         inputs |= {"low_rank_v": low_rank.v, **{f"readers.{k}": v for k, v in readers._asdict().items()}}
-        swizzled = tiled(s.stages * s.readers, s.r_v, BLOCK_KV, dtype=dtype, swizzle=2 * s.page_slots)
+        swizzled = tiled(s.stages * s.readers, s.pages_per_block, s.r_v, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots)
         flat = plgpu.SMEM((s.stages * s.readers, s.r_v * BLOCK_KV), dtype)
         scratch["low_rank_smem"] = plgpu.RefUnion(swizzled, flat)
-        scratch["v_ready"] = plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers)
+        scratch["v_ready"] = [plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers)] * s.compute
 
     if s.r_k:
         expanders = readers_of(plan, plan.expanders, s.G, s.readers)
@@ -438,26 +531,22 @@ def stream(
         inputs |= {"low_rank_k": low_rank.k, "lora_b_k": lora_b_k, "expander_ids": ids, "inv_freq": rope_inv_freq}
         inputs |= {f"expanders.{k}": v for k, v in expanders._asdict().items()}
         scratch |= {
-            "k_smem": tiled(s.stages * s.readers, s.r_k, BLOCK_KV, dtype=dtype, swizzle=32),
+            "k_smem": tiled(s.stages * s.readers, 1, s.r_k, BLOCK_KV, dtype=dtype, swizzle=32),
             "b_smem": tiled(s.readers, s.r_k, s.H, dtype=dtype, swizzle=32),
-            "k_ready": plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers),
+            "k_ready": [plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers)] * s.compute,
             "b_ready": plgpu.Barrier(num_barriers=s.readers),
         }
 
-    # The queries are done with when the result is there.
+    # What is done with when the result is there lends it its memory.
     o_smem, q_smem = plgpu.SMEM((BLOCK_Q, s.H), jnp.float32), plgpu.SMEM((BLOCK_Q, s.H), dtype)
+    scratch["queries_or_result"] = plgpu.RefUnion(q_smem, o_smem)
     if s.r_k:
-        operands = [tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle)] * 2
-        scratch |= {"q_smem": q_smem, "queries_or_result": plgpu.RefUnion(operands, o_smem)}
-    else:
-        scratch["queries_or_result"] = plgpu.RefUnion(q_smem, o_smem)
+        scratch["q_tiled"] = tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle)
+        scratch["own_k"] = tiled(s.compute, BLOCK_KV, s.H, dtype=dtype, swizzle=swizzle)
+        scratch["q_tiled_ready"] = plgpu.Barrier()
 
     def body(*args, **buffers):
-        queries, buffers["o_smem"] = buffers.pop("queries_or_result")
-        if s.r_k:
-            buffers["q_tiled"], buffers["own_k"] = queries
-        else:
-            buffers["q_smem"] = queries
+        buffers["q_smem"], buffers["o_smem"] = buffers.pop("queries_or_result")
         named = dict(zip(inputs, args, strict=False))
         groups = {}
         for name in [name for name in named if "." in name]:
@@ -467,7 +556,7 @@ def stream(
             buffers["v_smem"], buffers["v_flat"] = buffers.pop("low_rank_smem")
         groups = {name: Readers(**fields) for name, fields in groups.items()}
         refs = Refs(**named, **groups, **buffers, partial=args[-1])
-        stream_kernel(refs, shapes=s, zero_tail=zero_interpreted_tail if s.interpret else zero_low_rank_tail)
+        stream_kernel(refs, s)
 
     rows = q.shape[0]
     kernel = plgpu.kernel(
@@ -476,8 +565,8 @@ def stream(
         scratch_types=scratch,
         grid=(s.K, items),
         grid_names=("head", "item"),
-        num_threads=2,
-        thread_name="wg",
+        num_threads=s.compute + 1,
+        thread_name="warpgroup",
         compiler_params=COMPILER(),
         **interpreter(s.interpret),
     )

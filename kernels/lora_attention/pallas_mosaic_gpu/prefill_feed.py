@@ -1,0 +1,172 @@
+"""The warpgroups of a prefill program that supply keys and values: one copies, one expands low-rank keys."""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
+    Barriers,
+    Config,
+    Inputs,
+    Memory,
+    Tile,
+    padded_rank,
+)
+
+
+def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
+    """Fills slot after slot with keys and values, as the other warpgroups get done with them."""
+    block_kv, stages = cfg.blocks.block_kv, cfg.blocks.num_stages
+    for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
+        if rank:
+            adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
+            lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
+            copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
+
+    def locate_block(step):
+        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
+
+    def copy_block(step, pieces):
+        slot = lax.rem(step, jnp.int32(stages))
+        next_pieces = locate_block(step + 1)  # a read of device memory, under way while this block waits for its slot
+        partly_filled = tile.kv_len < (step + 1) * block_kv
+        k_landed = (barriers.k_landed if cfg.r_k else barriers.k_ready).at[slot]
+        v_landed = barriers.v_ready.at[jnp.where(partly_filled, stages, slot)]
+
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.k_free.at[slot]))
+        copy_base(cfg, inputs, pieces, 0, smem.k.at[slot], k_landed)
+        if cfg.r_k:
+            copy_low_rank(cfg, inputs.low_rank_k, pieces, cfg.r_k, smem.low_rank_k.at[slot], k_landed)
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+            plgpu.copy_gmem_to_smem(inputs.rope.at[pl.ds(step * block_kv, block_kv)], smem.rope, barriers.rope_landed)
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.v_free.at[slot]))
+        copy_base(cfg, inputs, pieces, cfg.H, smem.v.at[slot], v_landed)
+        if cfg.r_v:
+            copy_low_rank(cfg, inputs.low_rank_v, pieces, cfg.r_v, smem.low_rank_v.at[slot], v_landed)
+
+        @pl.when(partly_filled)
+        def _clean():
+            plgpu.barrier_wait(v_landed)
+            clear_from(cfg, smem, slot, tile.kv_len - step * block_kv)
+            plgpu.commit_smem()
+            for _ in range(cfg.v_arrivals):
+                plgpu.barrier_arrive(barriers.v_ready.at[slot])
+
+        return next_pieces
+
+    lax.fori_loop(0, steps, copy_block, locate_block(jnp.int32(0)))
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _drain(step):
+        slot = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(barriers.k_free.at[slot])
+        plgpu.barrier_wait(barriers.v_free.at[slot])
+
+    if cfg.r_k:
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+
+
+def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
+    """Page and kv head in the base pool, low-rank page, offset in both, of a key; outside of the pools if not held."""
+    held = position < tile.kv_len
+    column = jnp.where(held, lax.div(position, jnp.int32(cfg.p)), 0)
+    page = jnp.where(held, inputs.table[tile.b, column] * cfg.K + tile.kv_head, inputs.base.shape[0])
+    offset = lax.rem(position, jnp.int32(cfg.p))
+    if not cfg.num_adapters:
+        return page, page, offset
+    held &= tile.adapter > 0
+    nowhere = max(pool.shape[0] for pool in (inputs.low_rank_v, inputs.low_rank_k) if pool is not None)
+    return page, jnp.where(held, inputs.low_rank_table[tile.b, column], nowhere), offset
+
+
+def copy_base(cfg: Config, inputs: Inputs, pieces, lane: int, target, barrier) -> None:
+    """Copies a block of K (lane 0) or V (lane H) to `target` [block_kv, H]."""
+    for i, (page, _, offset) in enumerate(pieces):
+        rows = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
+        part = target.at[pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
+        plgpu.copy_gmem_to_smem(inputs.base.at[page, rows, pl.ds(lane, cfg.H)], part, barrier)
+
+
+def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None:
+    """Copies a block of low-rank keys or values to `target` [R, block_kv]."""
+    for i, (_, page, offset) in enumerate(pieces):
+        lanes = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
+        part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
+        copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
+
+
+def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
+    """Copies [rank, lanes] of a page, so many rows at a time, and zeros to the rows of `target` that pad the rank."""
+    for row in range(0, padded_rank(rank), rows):
+        at, first = (page, row) if row < rank else (pool.shape[0], 0)
+        plgpu.copy_gmem_to_smem(pool.at[at, pl.ds(first, rows), lanes], target.at[pl.ds(row, rows)], barrier)
+
+
+def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
+    """Zeroes the values of a block's keys from `limit` on: 0 times what lies there would be NaN if that is."""
+
+    def keep(part, dim, count, lanes=64):  # `part`: four tiles of 8 rows, its keys on axis `dim`
+        layout = plgpu.Layout.SMEM_GMEM_COPY(part.shape, cfg.dtype, 2 * lanes)
+        index = plgpu.broadcasted_iota(jnp.int32, part.shape, dim, layout=layout)
+        values = plgpu.layout_cast(part[...], layout)
+        part[...] = jnp.where(index < count, values, jnp.zeros_like(values))
+
+    rows = 4 * 8 * 64 // cfg.H
+
+    @pl.loop(lax.div(limit, jnp.int32(rows)), cfg.blocks.block_kv // rows)
+    def _values(i):
+        row = pl.multiple_of(i * rows, rows)
+        keep(smem.v.at[slot, pl.ds(row, rows)], 0, limit - row)
+
+    if cfg.r_v:
+
+        @pl.loop(0, padded_rank(cfg.r_v) // 16)
+        def _low_rank_values(i):
+            rows = pl.ds(pl.multiple_of(i * 16, 16), 16)
+            keep(smem.low_rank_v.at[slot, rows], 1, limit, lanes=cfg.low_rank_v_lanes)
+
+
+# The warpgroup that adds low-rank keys.
+
+
+def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
+    """K += RoPE(L B) for slot after slot, 64 keys and some lanes of both halves of the head at a time."""
+    half, width = cfg.H // 2, cfg.k_lanes
+    plgpu.barrier_wait(barriers.b_ready)
+
+    @pl.loop(0, steps)
+    def _block(step):
+        slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+        plgpu.barrier_wait(barriers.k_landed.at[slot])
+        plgpu.barrier_wait(barriers.rope_landed)
+        for row in range(0, cfg.blocks.block_kv, 64):
+            keys = pl.ds(row, 64)
+            low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
+            for lane in range(0, half, width):
+                first, second = pl.ds(lane, width), pl.ds(half + lane, width)
+                x, y = (shared_product(cfg, low_rank, smem.b_k.at[:, lanes]) for lanes in (first, second))
+                cos, sin = (read(smem.rope.at[keys, lanes]) for lanes in (first, second))
+                add(smem.k.at[slot, keys, first], x * cos - y * sin)
+                add(smem.k.at[slot, keys, second], y * cos + x * sin)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers.rope_free)
+        plgpu.barrier_arrive(barriers.k_ready.at[slot])
+
+
+def shared_product(cfg: Config, a, b):
+    """a b of two refs in shared memory."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def read(ref):
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def add(ref, x) -> None:
+    ref[...] = (read(ref) + x).astype(ref.dtype)

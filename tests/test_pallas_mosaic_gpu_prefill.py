@@ -1,0 +1,123 @@
+"""The Hopper prefill kernel, interpreted: memory, waits and races watched, on any machine."""
+
+import os
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_contract import Case, arguments, check, make_inputs, oracle
+
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import prefill
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
+    SHARED_MEMORY,
+    BlockSizes,
+    heuristic,
+    shared_memory,
+)
+
+# Warpgroups wait for each other inside of callbacks. XLA takes NPROC for the number of processors, and runs as many.
+THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams") or THREADS < 8,
+    reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
+)
+
+RAGGED = Case(
+    "ragged: padding on both sides, a row with nothing, one without adapter, two tiles",
+    rows=((100, 230, 2), (0, 5, 1), (-3, 20, 0), (0, 0, 1)), T=130, K=1, G=2, H=64, p=32, r_v=8, dtype="bfloat16",
+)  # fmt: skip
+KEYS = Case(
+    "low-rank keys",
+    rows=((20, 25, 1), (125, 150, 2), (7, 9, 0)),
+    T=70,
+    K=1,
+    H=64,
+    p=16,
+    r_v=16,
+    r_k=8,
+    dtype="bfloat16",
+)
+CASES = (
+    RAGGED,
+    Case("merged", rows=((250, 300, 0),), T=70, K=1, H=128, p=64, r_v=0, dtype="float16"),
+    Case("pages longer than a block", rows=((250, 300, 1),), T=60, K=1, H=64, p=256, r_v=24, dtype="float16"),
+    KEYS,
+    Case("blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16"),
+)
+
+
+def run(case: Case, garbage: float = np.nan, **changes):
+    args, keywords = arguments(make_inputs(case, garbage))
+    keywords = {"rope_inv_freq": None} | keywords | {"sm_scale": case.H**-0.5, "return_lse": True, "interpret": True}
+    return prefill(*args, **(keywords | changes))
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_oracle_amid_nan_without_races(case, capsys):
+    check(case, run(case), oracle(make_inputs(case)))
+    assert "RACE" not in capsys.readouterr().out
+
+
+@interpreted
+def test_what_may_not_be_read_changes_no_bit():
+    for one, other in zip(run(KEYS, np.nan), run(KEYS, 3.0), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@interpreted
+def test_an_adapter_that_does_not_exist_is_nan():
+    (q, base, low_rank, lora_b, table, _), keywords = arguments(make_inputs(RAGGED, garbage=0.0))
+    keywords |= {"sm_scale": 0.125, "return_lse": False, "interpret": True}
+    adapter_ids = jnp.array([2, 99, -1, 1], jnp.int32)
+    o = prefill(q, base, low_rank, lora_b, table, adapter_ids, **keywords)
+    o = np.asarray(o, np.float32)
+    assert np.isnan(o[1, :5]).all()
+    assert np.isnan(o[2, 3:23]).all()
+    assert not np.isnan(o[[0, 3]]).any()
+
+
+REFUSED = [
+    ("not float32", Case("f32", rows=((0, 16, 1),), p=16, H=64)),
+    ("not 96", Case("head dim", rows=((0, 16, 1),), p=16, H=96, dtype="bfloat16")),
+    ("not 8", Case("pages", rows=((0, 16, 1),), p=8, H=64, dtype="bfloat16")),
+    ("not 48", Case("pages", rows=((0, 16, 1),), p=48, H=64, dtype="bfloat16")),
+    ("not 12", Case("rank", rows=((0, 16, 1),), p=16, H=64, r_v=12, dtype="bfloat16")),
+    ("not 72", Case("rank of keys", rows=((0, 16, 1),), p=16, H=64, r_k=72, dtype="bfloat16")),
+]
+
+
+@pytest.mark.parametrize(("reason", "case"), REFUSED, ids=[reason for reason, _ in REFUSED])
+def test_what_it_cannot_do_it_refuses(reason, case):
+    with pytest.raises(NotImplementedError, match=reason):
+        run(case)
+
+
+def test_refuses_scales_that_turn_the_maximum_around():
+    with pytest.raises(NotImplementedError, match="positive sm_scale, not -1"):
+        run(RAGGED, sm_scale=-1.0)
+
+
+@pytest.mark.parametrize(("sizes", "match"), [((96, 2), "block_kv is 96"), ((128, 1), "num_stages is 1")])
+def test_block_sizes_validate_themselves(sizes, match):
+    with pytest.raises(ValueError, match=match):
+        BlockSizes(*sizes)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_heuristic_fits_shared_memory(head_dim):
+    for r_v in range(0, 65, 8):
+        for r_k in range(0, 65, 8):
+            blocks = heuristic(head_dim, r_v, r_k)
+            assert shared_memory(head_dim, r_v, r_k, blocks) <= SHARED_MEMORY
+    assert heuristic(128, 64, 0) == heuristic(128, 16, 16) == BlockSizes(block_kv=128, num_stages=2)
+
+
+def test_it_traces_without_a_gpu():
+    """On every supported JAX, those without the interpreter included."""
+    args, keywords = arguments(make_inputs(KEYS))
+    keywords |= {"sm_scale": 0.125, "return_lse": True}
+    o, lse = jax.eval_shape(lambda *args: prefill(*args, **keywords), *args)
+    assert (o.shape, o.dtype, lse.shape) == ((3, 70, 1, 64), jnp.bfloat16, (3, 70, 1))

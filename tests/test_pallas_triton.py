@@ -1,23 +1,120 @@
-"""The Triton kernels, interpreted on CPU."""
+"""The Triton kernels, interpreted on CPU: the contract on either way through them, and what either has of its own."""
 
-import functools
+import dataclasses
 
+import jax
+import numpy as np
 import pytest
-from attention_contract import AttentionContract
+from attention_contract import AttentionContract, Case, arguments, check, make_inputs, oracle
 
 from lragent_jax.kernels.interpret import interpreted
-from lragent_jax.kernels.lora_attention import api, dispatch
+from lragent_jax.kernels.lora_attention import pallas_triton
+from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes, heuristic
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    mine = dispatch.Implementation("pallas_triton", platforms=("gpu",))
-    monkeypatch.setattr(
-        api, "dispatch", functools.partial(dispatch.dispatch, implementations=(mine, *dispatch.IMPLEMENTATIONS))
-    )
+def on_cpu():
     with interpreted():
         yield
 
 
-class TestTriton(AttentionContract):
+class TestDecode(AttentionContract):
+    """Every case of the contract has few enough rows to be planned."""
+
     implementation = "pallas_triton"
+
+
+class TestPrefill(AttentionContract):
+    implementation = "pallas_triton"
+
+    @pytest.fixture(autouse=True)
+    def prefill_always(self, monkeypatch):
+        monkeypatch.setattr(pallas_triton, "heuristic", lambda *_: PrefillBlockSizes(16, 32))
+
+
+def attend(case: Case, block_sizes, x=None):
+    args, keywords = arguments(make_inputs(case) if x is None else x)
+    keywords = {"rope_inv_freq": None} | keywords | {"sm_scale": case.sm_scale or case.H**-0.5, "return_lse": True}
+    return pallas_triton.lora_attention(*args, **keywords, block_sizes=block_sizes)
+
+
+PREFIX = Case(
+    "one prefix, tails of their own", ((70, 72, 1), (70, 72, 2), (53, 55, 1), (61, 63, 0), (3, 5, 2), (70, 71, 3)),
+    T=2, K=1, G=3, r_v=8, shared_pages=4, dtype="float32",
+)  # fmt: skip
+KEYS = dataclasses.replace(PREFIX, name="low-rank keys on one prefix", r_k=4, H=32)
+
+
+@pytest.mark.parametrize("case", [PREFIX, KEYS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        DecodeBlockSizes(16, rows_per_item=4, programs=6),  # several readers per item, two pages per block
+        DecodeBlockSizes(64, rows_per_item=16, programs=1),  # one item as long as can be
+        PrefillBlockSizes(16, 16),
+    ],
+    ids=str,
+)
+def test_whatever_the_blocks(case, sizes):
+    check(case, attend(case, sizes), oracle(make_inputs(case)))
+
+
+@pytest.mark.parametrize("case", [PREFIX, KEYS], ids=lambda case: case.name)
+def test_low_rank_pages_of_their_own_over_one_base(case):
+    """Every row its A-group: an item's rows share the base and nothing else."""
+    x = make_inputs(case)
+    P, B = len(x.base), len(case.rows)
+    pools = (pool if pool is None else np.concatenate([pool * (b + 1) for b in range(B)]) for pool in x[2:4])
+    low_rank_v, low_rank_k = (None if pool is None else pool.astype(case.dtype) for pool in pools)
+    table = np.where((x.low_rank_table >= 0) & (x.low_rank_table < P), x.low_rank_table + P * np.arange(B)[:, None], -1)
+    x = x._replace(low_rank_v=low_rank_v, low_rank_k=low_rank_k, low_rank_table=table.astype(np.int32))
+    check(case, attend(case, DecodeBlockSizes(16, rows_per_item=8, programs=6), x), oracle(x))
+
+
+def test_blocks_are_parts_of_pages():
+    case = Case("long pages", ((130, 133, 1), (60, 63, 2)), T=3, p=64, r_k=8, H=32)
+    for sizes in (DecodeBlockSizes(16), PrefillBlockSizes(16, 32)):
+        check(case, attend(case, sizes), oracle(make_inputs(case)))
+
+
+@pytest.mark.parametrize("sizes", [DecodeBlockSizes(16, rows_per_item=4), PrefillBlockSizes(16, 16)], ids=str)
+def test_merged_modes_hold_nothing_of_low_rank_caches(sizes):
+    def products(case):
+        return str(jax.make_jaxpr(lambda: attend(case, sizes))()).count("dot_general")
+
+    merged = dataclasses.replace(PREFIX, r_v=0)
+    loops = 1 if isinstance(sizes, DecodeBlockSizes) else 2
+    assert products(merged) == 2 * loops
+    assert products(PREFIX) > products(merged)
+
+
+# Block sizes.
+
+
+@pytest.mark.parametrize("wrong", [{"block_kv": 8}, {"block_kv": 48}, {"num_warps": 3}, {"num_stages": 0}])
+@pytest.mark.parametrize("kind", [DecodeBlockSizes, PrefillBlockSizes])
+def test_block_sizes_validate_themselves(kind, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}; it must be"):
+        kind(**wrong)
+
+
+@pytest.mark.parametrize("p", [8, 16, 64, 128])
+@pytest.mark.parametrize(("H", "itemsize"), [(64, 2), (96, 2), (128, 2), (256, 2), (128, 4)])
+@pytest.mark.parametrize(("r_v", "r_k"), [(0, 0), (16, 0), (64, 0), (16, 16)])
+def test_heuristic_fits_into_shared_memory(p, H, itemsize, r_v, r_k):
+    for kilobytes in (99, 163, 227):
+        sizes = heuristic(1, 4096, 4, H, p, r_v, r_k, itemsize, kilobytes * 1024)
+        assert isinstance(sizes, PrefillBlockSizes)
+        lanes = 2 * max(64, 2 ** (H - 1).bit_length()) + r_v + r_k
+        needs = sizes.block_q * H + sizes.num_stages * sizes.block_kv * lanes
+        assert needs * itemsize <= kilobytes * 1024
+        assert isinstance(heuristic(8, 1, 4, H, p, r_v, r_k, itemsize, kilobytes * 1024), DecodeBlockSizes)
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({"p": 24}, "pages of 24 slots"), ({"H": 272}, "head dim 272")])
+def test_refuses(changes, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        attend(dataclasses.replace(PREFIX, **changes), None)

@@ -4,30 +4,16 @@ import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from script_modules import load_script
 
 from lragent_jax.kernels.lora_attention import lora_attention
 from lragent_jax.measure.attention import AttentionCase, Heads, RandomCaches, cycle, page_table
 from lragent_jax.measure.timing import DeviceSpeed, chain, median_seconds
-
-ROOT = Path(__file__).parents[1]
-
-
-def load_script(name: str):
-    """A script as a module; scripts are programs, and nothing imports them by name."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 bench_kernels = load_script("bench_kernels")
 SPEED = DeviceSpeed(bytes_per_s=1e9, flop_per_s=1e10)

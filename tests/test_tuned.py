@@ -1,7 +1,6 @@
 """Tuned block sizes: what files may hold, which calls they apply to, and the tuner that writes them."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,23 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from script_modules import load_script
 
 from lragent_jax.kernels.lora_attention import LowRank, tuned, xla
 from lragent_jax.kernels.lora_attention.tuned import Entry, ShapeClass, tuned_block_sizes
 
 ROOT = Path(__file__).parents[1]
-
-
-def load_script(name: str):
-    """A script as a module; scripts are programs, and nothing imports them by name."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 tune_kernels = load_script("tune_kernels")
 SHAPE = ShapeClass(rows=8, G=4, H=16, p=8, r_v=16, r_k=0)

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lragent_jax.kernels import lora_attention as attention
+from lragent_jax.kernels import page_update
+from lragent_jax.kernels.lora_attention.dispatch import default_platform
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard
@@ -111,9 +113,15 @@ def _write_base(kv, k, v, table: PageTable):
 
 
 def write_low_rank(
-    pool: Float[Array, "P r p"], low_rank: Float[Array, "g B T r"], table: PageTable
+    pool: Float[Array, "P r p"], low_rank: Float[Array, "g B T r"], table: PageTable, implementation: str | None = None
 ) -> Float[Array, "P r p"]:
-    """Puts the new tokens' X A into the pages of each of the g tables; tokens lie on the pages' last axis."""
+    """Puts the new tokens' X A into the pages of each of the g tables; tokens lie on the pages' last axis.
+
+    `implementation` is attention's: its TPU kernels come with one that writes pages in place.
+    """
+    on_tpu = implementation == "pallas_mosaic_tpu" or (implementation is None and default_platform() == "tpu")
+    if on_tpu and page_update.takes(pool):
+        return per_shard(_update_low_rank_pages, (WHOLE, WHOLE, WHOLE), WHOLE)(pool, low_rank, table)
     num_pages, rank, page_size = pool.shape
     num_tokens = low_rank.shape[2]
 
@@ -125,6 +133,28 @@ def write_low_rank(
     index = jax.vmap(indices)(table.low_rank, table.low_rank_write_from)
     flat = pool.reshape(-1).at[index.reshape(-1)].set(low_rank.astype(pool.dtype).reshape(-1), mode="drop")
     return flat.reshape(pool.shape)
+
+
+def _update_low_rank_pages(pool, low_rank, table: PageTable):
+    """Every page that T tokens can lie in, with the tokens where they belong in it and the range of slots they take."""
+    page_size, num_tokens = pool.shape[2], low_rank.shape[2]
+    touched = -(-num_tokens // page_size) + (num_tokens > 1)
+    column = table.q_starts[:, None] // page_size + jnp.arange(touched, dtype=jnp.int32)  # [B, touched]
+    position = column[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, touched, p]
+    token = jnp.clip(position - table.q_starts[:, None, None], 0, num_tokens - 1)
+    written_to = jnp.minimum(table.kv_lens, table.q_starts + num_tokens)
+
+    def pages_of(page_indices, write_from, low_rank):
+        """(page ids, first slot, end, contents) of one table."""
+        page = jnp.take_along_axis(page_indices, jnp.clip(column, 0, page_indices.shape[1] - 1), axis=1)
+        slots = [jnp.clip(at[:, None] - column * page_size, 0, page_size)
+                 for at in (jnp.maximum(table.q_starts, write_from), written_to)]  # fmt: skip
+        contents = jnp.take_along_axis(low_rank[:, None], token[..., None], axis=2)  # [B, touched, p, r]
+        return page, *slots, jnp.einsum("bnpr->bnrp", contents)
+
+    parts = jax.vmap(pages_of)(table.low_rank, table.low_rank_write_from, low_rank.astype(pool.dtype))
+    page, first, end, contents = (part.reshape(-1, *part.shape[3:]) for part in parts)
+    return page_update.update_pages(pool, page, first, end, contents)
 
 
 def attend(

@@ -112,8 +112,8 @@ class Attention(nnx.Module):
             kv = cache_view.write_base(kv, rotate(self.heads(k), *rope), self.heads(v), table)
         cache = LayerCache(
             kv=kv,
-            low_rank_v=self.write_low_rank("v", x, cache.low_rank_v, adapters, table),
-            low_rank_k=self.write_low_rank("k", x, cache.low_rank_k, adapters, table),
+            low_rank_v=self.write_low_rank("v", x, cache.low_rank_v, adapters, table, implementation),
+            low_rank_k=self.write_low_rank("k", x, cache.low_rank_k, adapters, table, implementation),
         )
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
@@ -124,10 +124,10 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
     @staticmethod
-    def write_low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable):
+    def write_low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable, implementation: str | None):
         if pool is None or not table.num_low_rank_tables:
             return pool
-        return cache_view.write_low_rank(pool, adapters.low_rank(target, x, table.group_ids), table)
+        return cache_view.write_low_rank(pool, adapters.low_rank(target, x, table.group_ids), table, implementation)
 
 
 class MLP(nnx.Module):

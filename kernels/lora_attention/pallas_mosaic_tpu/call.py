@@ -13,6 +13,7 @@ from lragent_jax.kernels.lora_attention.arguments import LowRank
 from lragent_jax.kernels.lora_attention.pallas_mosaic_tpu.block_sizes import LANES, VMEM_LIMIT
 from lragent_jax.kernels.lora_attention.pallas_mosaic_tpu.items import Items
 from lragent_jax.kernels.lora_attention.pallas_mosaic_tpu.kernel import Config, Item
+from lragent_jax.kernels.page_update import kept_in_hbm
 
 
 def run_items(
@@ -36,14 +37,14 @@ def run_items(
 
     The pools stay in HBM. B of the low-rank keys is read from there too, the adapters' that an item holds.
     """
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = {name: shape for name, shape in config.scratch_shapes().items() if shape is not None}
     lane_inv_freq = None if b_k is None else jnp.broadcast_to(rope_inv_freq[:, None], (config.H // 2, LANES))
     inputs = {
         "q": q,
-        "base": (base, in_hbm),
-        "v": (low_rank.v, in_hbm),
-        "k": (low_rank.k, in_hbm),
+        "base": (kept_in_hbm(base), in_hbm),
+        "v": (low_rank.v if low_rank.v is None else kept_in_hbm(low_rank.v), in_hbm),
+        "k": (low_rank.k if low_rank.k is None else kept_in_hbm(low_rank.k), in_hbm),
         "b_k": (b_k, in_hbm),
         "inv_freq": (lane_inv_freq, pl.BlockSpec((config.H // 2, LANES), lambda *_: (0, 0))),
     }

@@ -320,7 +320,7 @@ class Item:
         self.s["cos"][...], self.s["sin"][...] = jnp.cos(angles), jnp.sin(angles)
 
     def low_rank_scores(self, unit, half, pages):
-        """Leaves q RoPE(L B)ᵀ in scratch, of every slot that expands keys: for its rows and those that read the same."""
+        """Leaves q RoPE(L B)ᵀ in scratch: per slot that expands keys, for its rows and those that read the same."""
         c, s, h = self.c, self.s, unit // self.c.groups
         s["scores"][...] = jnp.zeros(s["scores"].shape, jnp.float32)
 

@@ -184,7 +184,7 @@ def merge_kernel(partials: Softmax, num_parts_ref, lora_b_ref, adapter_ids_ref, 
 def decode(x: Operands, sizes: DecodeBlockSizes, sm_scale: float, return_lse: bool, interpret: bool):
     """(o, lse or None)."""
     (B, T, N, H), K, W = x.q.shape, x.base.shape[1], x.page_table.base.shape[1]
-    s = statics(x, sm_scale, sizes.block_kv)
+    s = statics(x, sm_scale, sizes.block_kv, interpret)
     wanted = PlanSizes(sizes.rows_per_item, max(1, sizes.block_kv // s.p), sizes.programs, heads=K)
     ids = x.adapter_ids
     if ids is not None:  # adapters that do not exist have no low-rank pages

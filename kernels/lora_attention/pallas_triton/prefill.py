@@ -65,7 +65,7 @@ def prefill(x: Operands, sizes: PrefillBlockSizes, sm_scale: float, return_lse: 
     """(o, lse or None)."""
     B, T, N, _ = x.q.shape
     return call(
-        functools.partial(prefill_kernel, s=statics(x, sm_scale, sizes.block_kv), block_q=sizes.block_q),
+        functools.partial(prefill_kernel, s=statics(x, sm_scale, sizes.block_kv, interpret), block_q=sizes.block_q),
         f"lora_prefill_q{sizes.block_q}_kv{sizes.block_kv}",
         (N, B, pl.cdiv(T, sizes.block_q)),
         results(x, return_lse),

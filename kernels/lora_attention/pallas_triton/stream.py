@@ -51,6 +51,7 @@ class Statics(NamedTuple):
     negative: bool
     exact: bool  # f32: multiply as f32
     block_kv: int
+    ptx: bool  # whether kernels may speak to NVIDIA's compiler
 
     @property
     def lanes(self) -> tuple[tuple[int, int], ...]:
@@ -60,6 +61,21 @@ class Statics(NamedTuple):
 
     def dot(self, a, b, **transposed):
         return plgpu.dot(a, b, **transposed, precision=lax.Precision.HIGHEST if self.exact else None)
+
+    def exp2(self, x, scale, minus):
+        """2 ** (x scale − minus), `minus` of x's shape but for lanes.
+
+        XLA has Triton round the product and scale arguments below −126 up and results down again: with the product,
+        six instructions per score where two do, since what is below 2 ** −126 may as well be 0.
+        """
+        if not self.ptx:
+            return jnp.exp2(x * scale - minus)
+        asm = "{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }"
+        args = [x, jnp.full(x.shape, scale, jnp.float32), jnp.broadcast_to(-minus, x.shape)]
+        shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return plgpu.elementwise_inline_asm(
+            asm, args=args, constraints="=f,f,f,f", pack=1, result_shape_dtypes=[shape]
+        )[0]
 
 
 class Reader(NamedTuple):
@@ -93,8 +109,8 @@ class Softmax(NamedTuple):
         if seen is not None:
             scores = jnp.where(seen, scores, UNSEEN)
         m = jnp.maximum(self.m, jnp.max(scores, axis=1) * s.scale)
-        rescale = jnp.exp2(self.m - m)
-        probs = jnp.exp2(scores * s.scale - m[:, None])
+        rescale = s.exp2(self.m, 1.0, m)
+        probs = s.exp2(scores, s.scale, m[:, None])
         if seen is not None:
             probs = jnp.where(seen, probs, 0.0)
         sums = self.l * rescale + jnp.sum(probs, axis=1)
@@ -303,11 +319,12 @@ def num_adapters(x: Operands) -> int:
     return next(b for b in x.lora_b if b is not None).shape[0]
 
 
-def statics(x: Operands, sm_scale: float, block_kv: int) -> Statics:
+def statics(x: Operands, sm_scale: float, block_kv: int, interpret: bool) -> Statics:
     H, p = x.q.shape[3], x.base.shape[2]
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in x.low_rank or (None, None))
+    ptx = not interpret and "rocm" not in jax.devices()[0].client.platform_version
     scale, exact = abs(sm_scale) * math.log2(math.e), x.q.dtype == jnp.float32
-    return Statics(H, p, x.q.shape[2] // x.base.shape[1], r_v, r_k, scale, sm_scale < 0, exact, block_kv)
+    return Statics(H, p, x.q.shape[2] // x.base.shape[1], r_v, r_k, scale, sm_scale < 0, exact, block_kv, ptx)
 
 
 def call(kernel, name: str, grid, out_shape, num_warps: int, num_stages: int, interpret: bool):

@@ -34,7 +34,7 @@ def update_pages(
     end: Int32[Array, " n"],
     contents: Float[Array, "n r p"],
 ) -> Float[Array, "P r p"]:
-    """Slots [first[i], end[i]) of page pages[i] become those of contents[i]; the page is left alone where there are none.
+    """Slots [first[i], end[i]) of page pages[i] become those of contents[i]; a page without any is left alone.
 
     No page may be named twice.
     """

@@ -5,13 +5,14 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.merge import merge
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import BLOCK_KV, BLOCK_Q, Shapes, stream
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import rope_table
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import stream
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, Shapes
 
 LOG2_E = math.log2(math.e)
 
@@ -63,7 +64,7 @@ def decode(
     low_rank, lora_b = low_rank or LowRank(None), lora_b or LoraB(None)
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank)
     if r_k and p < BLOCK_KV:
-        raise NotImplementedError(f"page size {p} with low-rank keys: they are rebuilt {BLOCK_KV} of one page at a time")
+        raise NotImplementedError(f"page size {p} with low-rank keys: {BLOCK_KV} of one page are rebuilt at a time")
     block_sizes = block_sizes or heuristic(B * T, W * p, r_k)
     shapes = Shapes(
         T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),
@@ -72,14 +73,13 @@ def decode(
         interpret=interpret,
     ).fitted()  # fmt: skip
     R = shapes.R
-    sizes = PlanSizes(
-        rows_per_item=R, pages_per_block=max(1, BLOCK_KV // p), programs=block_sizes.programs, heads=K
-    )
+    sizes = PlanSizes(rows_per_item=R, pages_per_block=max(1, BLOCK_KV // p), programs=block_sizes.programs, heads=K)
     plan = plan_decode(page_table, adapter_ids, T=T, page_size=p, sizes=sizes)
     rows = q.reshape(B * T, K, G, H)
     partial = stream(
         rows, base, low_rank, lora_b.k, page_table, adapter_ids, plan,
-        rope_inv_freq=rope_inv_freq, shapes=shapes, parts=sizes.max_parts(B, W),
+        rope=rope_table(-(-W * p // BLOCK_KV) * BLOCK_KV, rope_inv_freq) if r_k else None,
+        shapes=shapes, parts=sizes.max_parts(B, W),
     )  # fmt: skip
     o, lse = merge(
         partial, plan.num_parts, lora_b.v, adapter_ids,

@@ -9,9 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import LEAST, interpreter
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import LEAST
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import LANES
 
-LANES = 128  # threads of a warpgroup
 BATCH = 8  # loads under way at a time
 LN_2 = 0.6931471805599453
 
@@ -26,7 +27,7 @@ def joined(partial, num_parts, H: int, r: int, aux_lane: int):
     width = aux_lane
 
     def batch(turn, carry):
-        o, aux, m, l = carry
+        o, aux, m, sums = carry
         first = turn * BATCH
         indices = [jnp.minimum(first + i, num_parts - 1) for i in range(BATCH)]
         ms = [partial[j, aux_lane + r] for j in indices]
@@ -35,14 +36,12 @@ def joined(partial, num_parts, H: int, r: int, aux_lane: int):
         lrs = [plgpu.load(partial.at[j, pl.ds(aux_lane, LANES)], layout=strided(LANES)) for j in indices] if r else []
         m_new = functools.reduce(jnp.maximum, ms, m)
         rescale = jnp.exp2(m - m_new)
-        weights = [
-            jnp.where(first + i < num_parts, jnp.exp2(m_i - m_new), 0.0) for i, m_i in enumerate(ms)
-        ]
+        weights = [jnp.where(first + i < num_parts, jnp.exp2(m_i - m_new), 0.0) for i, m_i in enumerate(ms)]
         o = sum((x * w for x, w in zip(os, weights, strict=True)), o * rescale)
-        l = sum((x * w for x, w in zip(ls, weights, strict=True)), l * rescale)  # noqa: E741
+        sums = sum((x * w for x, w in zip(ls, weights, strict=True)), sums * rescale)
         if r:
             aux = sum((x * w for x, w in zip(lrs, weights, strict=True)), aux * rescale)
-        return o, aux, m_new, l
+        return o, aux, m_new, sums
 
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), strided(width))
@@ -61,7 +60,7 @@ def merge_kernel(*refs, T: int, G: int, H: int, r: int, num_adapters: int | None
     row, n = lax.axis_index("row"), lax.axis_index("n")
     k, g = n // G, n % G
     parts = num_parts[row]
-    o, aux, m, l = joined(partial.at[row, :, k, g], parts, H, r, aux_lane)
+    o, aux, m, sums = joined(partial.at[row, :, k, g], parts, H, r, aux_lane)
     adapter = None if ids is None else ids[row // T]
     if adapter is not None and lora_b is not None:
         (aux_smem,) = refs
@@ -78,10 +77,10 @@ def merge_kernel(*refs, T: int, G: int, H: int, r: int, num_adapters: int | None
         o = lax.fori_loop(0, jnp.where(own > 0, r // 8, 0), expand, o)
     if adapter is not None:  # an adapter that does not exist is no number
         o = o * jnp.where((adapter >= 0) & (adapter < num_adapters), 1.0, jnp.nan)
-    o = o * jnp.where(parts > 0, 1.0 / jnp.where(parts > 0, l, 1.0), 0.0)
+    o = o * jnp.where(parts > 0, 1.0 / jnp.where(parts > 0, sums, 1.0), 0.0)
     o_ref[row, n] = o.astype(o_ref.dtype)
     if lse_ref is not None:
-        lse_ref[row, n] = jnp.where(parts > 0, m * LN_2 + jnp.log(jnp.where(parts > 0, l, 1.0)), -jnp.inf)
+        lse_ref[row, n] = jnp.where(parts > 0, m * LN_2 + jnp.log(jnp.where(parts > 0, sums, 1.0)), -jnp.inf)
 
 
 def merge(
@@ -112,7 +111,11 @@ def merge(
     body = functools.partial(
         merge_kernel,
         T=1 if adapter_ids is None else M // adapter_ids.shape[0],
-        **{"G": G, "H": H, "r": r, "num_adapters": num_adapters, "aux_lane": aux_lane},
+        G=G,
+        H=H,
+        r=r,
+        num_adapters=num_adapters,
+        aux_lane=aux_lane,
         return_lse=return_lse,
     )
     body.__name__ = f"lora_attention_merge_r{r}"
@@ -122,9 +125,7 @@ def merge(
         scratch_types=[plgpu.SMEM((LANES,), jnp.float32)] if r else [],
         grid=(K * G, M),
         grid_names=("n", "row"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **interpreter(interpret),
     )(*inputs)
     return o[..., :H], lse[0] if return_lse else None

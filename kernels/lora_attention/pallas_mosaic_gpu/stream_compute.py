@@ -1,0 +1,267 @@
+"""The compute warpgroups of decode's streaming kernel: one online softmax per query row, and its record."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import with_barrier
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, LANES, Shapes
+
+# Scores of keys that a row does not see, far below the least maximum: exp2 of the difference is 0 however the products
+# in between are rounded.
+UNSEEN, LEAST = -1e30, -1e20
+WGMMA, PER_ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+
+def product(a, b, acc=None, *, interpret: bool):
+    """acc + a b on the matrix unit, in f32; b, and a if it is no array, in shared memory."""
+    if interpret:  # wgmma on values in registers is not interpreted
+        total = jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
+        return total if acc is None else acc + total
+    if acc is None:
+        shape = (a.shape[0], b.shape[1])
+
+        def compute(acc_ref):
+            plgpu.wgmma(acc_ref, a, b)
+            return acc_ref[...]
+
+        return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(acc))
+
+
+def full(shape, value, layout, dtype=jnp.float32):
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def over_lanes(per_row, width: int):
+    return lax.broadcast_in_dim(per_row, (BLOCK_Q, width), (0,))
+
+
+class State(NamedTuple):
+    """A warpgroup's online softmax, f32, in registers."""
+
+    o: Float[Array, "64 H"]
+    o_lr: Float[Array, "64 r_v"] | None
+    m: Float[Array, " 64"]
+    l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
+
+
+def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> State:
+    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
+    H, r = shapes.H, shapes.r_v
+    start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
+    limits = plgpu.load(refs.limits.at[item], layout=PER_ROW, optimized=False)
+    reader_of_row = plgpu.load(refs.readers.of_row.at[item], layout=PER_ROW, optimized=False) if r else None
+    if shapes.r_k:
+        lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
+    if shapes.queries_in_smem:
+        plgpu.barrier_wait(refs.q_tiled_ready)
+        q = refs.q_tiled
+    else:
+        plgpu.barrier_wait(refs.q_ready)
+        q = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
+    plgpu.barrier_arrive(refs.q_read)
+
+    def block(i, state: State, masked: bool) -> State:
+        j = shapes.compute * i + warpgroup
+        stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
+        position = start + j * BLOCK_KV
+        plgpu.barrier_wait(refs.kv_ready.at[ready])
+        k, v = refs.kv_smem.at[stage, :, pl.ds(0, H)], refs.kv_smem.at[stage, :, pl.ds(H, H)]
+        if shapes.r_k:
+            scores = own_scores(refs, q, stage, j, item, warpgroup, shapes)
+        else:
+            scores = product(q, k.transpose((1, 0)), interpret=shapes.interpret)
+        if masked:
+            keys = position + plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q, BLOCK_KV), 1, layout=WGMMA)
+            scores = jnp.where(keys < over_lanes(limits, BLOCK_KV), scores, UNSEEN)
+            zero_values(v, held_end - position, H)
+        m = jnp.maximum(state.m, scores.max(axis=1) * shapes.scale)
+        rescale = jnp.exp2(state.m - m)
+        probs = jnp.exp2(scores * shapes.scale - over_lanes(m, BLOCK_KV))
+        sums = state.l * rescale + probs.sum(axis=1)
+        o = product(probs.astype(refs.q.dtype), v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
+        o_lr = None
+        if r and shapes.wide:
+            o_lr = read_all_low_rank(
+                state.o_lr * over_lanes(rescale, r * shapes.readers), probs, j, stage, position, masked
+            )
+        elif r:
+            o_lr = read_low_rank(state.o_lr * over_lanes(rescale, r), probs, j, stage, position, masked)
+        plgpu.barrier_arrive(refs.read.at[stage])
+        return State(o, o_lr, m, sums)
+
+    def read_low_rank(o_lr, probs, j, stage, position, masked):
+        slots = shapes.page_slots
+
+        def one(u, o_lr):
+            at = stage * shapes.readers + u
+            with_barrier(refs.v_ready, j, u, shapes, plgpu.barrier_wait)
+            if masked:
+                zero_low_rank(refs, at, refs.readers.limits[item, u] - position, shapes)
+            own = jnp.where(over_lanes(reader_of_row, BLOCK_KV) == u, probs, 0.0).astype(refs.q.dtype)
+            for i in range(shapes.pages_per_block):
+                part = own if slots == BLOCK_KV else own[:, i * slots : (i + 1) * slots]
+                page = refs.v_smem.at[at, i].transpose((1, 0))
+                o_lr = product(part, page, o_lr, interpret=shapes.interpret)
+            return o_lr
+
+        return lax.fori_loop(0, refs.readers.count[item], one, o_lr)
+
+    def read_all_low_rank(o_lr, probs, j, stage, position, masked):
+        def ready(u, _):
+            with_barrier(refs.v_ready, j, u, shapes, plgpu.barrier_wait)
+            if masked:
+                at = stage * shapes.readers + u
+                zero_low_rank(refs, at, refs.readers.limits[item, u] - position, shapes)
+            return
+
+        lax.fori_loop(0, refs.readers.count[item], ready, None)
+        pages = refs.v_wide.at[stage].transpose((1, 0))
+        return product(probs.astype(refs.q.dtype), pages, o_lr, interpret=shapes.interpret)
+
+    width = r * shapes.readers if shapes.wide else r
+    o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
+    state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
+    unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
+    turn = jnp.int32(shapes.compute)
+    unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
+    state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
+    state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
+    if state.o_lr is None or not shapes.wide or shapes.readers == 1:
+        return state
+    own = full((BLOCK_Q, r), 0, WGMMA)
+    for u in range(shapes.readers):
+        own = jnp.where(over_lanes(reader_of_row, r) == u, state.o_lr[:, u * r : (u + 1) * r], own)
+    return state._replace(o_lr=own)
+
+
+def hand_over(refs, state: State):
+    """The second compute warpgroup leaves its result to the first, where the queries were."""
+    plgpu.barrier_wait(refs.q_read)
+    refs.o_smem[...] = state.o
+    if state.o_lr is not None:
+        refs.aux_smem[:, pl.ds(0, state.o_lr.shape[1])] = state.o_lr
+    refs.m_smem[...], refs.l_smem[...] = state.m, state.l
+    plgpu.barrier_arrive(refs.handed_over)
+
+
+def join(refs, state: State) -> State:
+    """What the first warpgroup and the second have seen together."""
+    plgpu.barrier_wait(refs.handed_over)
+    other_m, other_l = (plgpu.load(x, layout=PER_ROW, optimized=False) for x in (refs.m_smem, refs.l_smem))
+    m = jnp.maximum(state.m, other_m)
+    own, other = jnp.exp2(state.m - m), jnp.exp2(other_m - m)
+
+    def both(mine, ref):
+        width = mine.shape[1]
+        theirs = plgpu.load(ref, layout=WGMMA, optimized=False)
+        return mine * over_lanes(own, width) + theirs * over_lanes(other, width)
+
+    o_lr = None if state.o_lr is None else both(state.o_lr, refs.aux_smem.at[:, pl.ds(0, state.o_lr.shape[1])])
+    return State(both(state.o, refs.o_smem), o_lr, m, state.l * own + other_l * other)
+
+
+def finish(refs, item, head, state: State, shapes: Shapes):
+    """Writes every row's record."""
+    r = shapes.r_v
+    refs.o_smem[...] = state.o
+    if state.o_lr is not None:
+        refs.aux_smem[:, pl.ds(0, r)] = state.o_lr
+    lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q, 8), 1, layout=WGMMA)
+    refs.aux_smem[:, pl.ds(r, 8)] = jnp.where(lane == 0, over_lanes(state.m, 8), over_lanes(state.l, 8))
+    plgpu.commit_smem()
+    for slot in range(shapes.R):
+        row = refs.rows[item, slot]
+
+        @pl.when(row >= 0)
+        def _(slot=slot, row=row):
+            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[row, refs.parts[item, slot], head]
+            aux = record.at[:, pl.ds(shapes.aux_lane, shapes.aux_width)]
+            plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, shapes.H)])
+            plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], aux)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def own_scores(refs, q, stage, j, item, warpgroup, shapes: Shapes):
+    """Scores of the block, with keys K_base + RoPE(L_k B_k) for rows with low-rank keys.
+
+    One adapter's keys are rebuilt where the base keys are. Of several, each gets its own in turn.
+    """
+    k = refs.kv_smem.at[stage, :, pl.ds(0, shapes.H)]
+    count = refs.expanders.count[item]
+    if shapes.readers == 1:
+        pl.when(count > 0)(lambda: rebuild_keys(refs, jnp.int32(0), stage, j, k, shapes))
+        return product(q, k.transpose((1, 0)), interpret=shapes.interpret)
+    own_k = refs.own_k.at[warpgroup]
+    adapter_of_row = plgpu.load(refs.expanders.of_row.at[item], layout=PER_ROW, optimized=False)
+
+    def one(e, scores):
+        rebuild_keys(refs, e, stage, j, own_k, shapes)
+        own = product(q, own_k.transpose((1, 0)), interpret=shapes.interpret)
+        return jnp.where(over_lanes(adapter_of_row, BLOCK_KV) == e, own, scores)
+
+    return lax.fori_loop(0, count, one, product(q, k.transpose((1, 0)), interpret=shapes.interpret))
+
+
+def rebuild_keys(refs, e, stage, j, out, shapes: Shapes) -> None:
+    """out = K_base + RoPE(L_k B_k) of the item's e-th adapter, half of the lanes at a time as RoPE pairs them."""
+    half = shapes.H // 2
+    low_lanes, high_lanes = pl.ds(0, half), pl.ds(half, half)
+    with_barrier(refs.k_ready, j, e, shapes, plgpu.barrier_wait)
+    low_rank, b = refs.k_smem.at[stage * shapes.readers + e, 0].transpose((1, 0)), refs.b_smem.at[e]
+    low = product(low_rank, b.at[:, low_lanes], interpret=shapes.interpret)
+    high = product(low_rank, b.at[:, high_lanes], interpret=shapes.interpret)
+
+    def read(ref):
+        return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+    cos, sin = read(refs.rope_smem.at[stage, :, low_lanes]), read(refs.rope_smem.at[stage, :, high_lanes])
+    for lanes, added in ((low_lanes, low * cos - high * sin), (high_lanes, high * cos + low * sin)):
+        base = read(refs.kv_smem.at[stage, :, lanes])
+        out[:, lanes] = (base + added).astype(refs.q.dtype)
+    plgpu.commit_smem()
+
+
+def zero_values(values, held, H: int):
+    """Zeroes slots ≥ `held` of a block of values: what lies there was never written, and 0 · NaN is NaN."""
+    slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK_KV, H), 0, layout=WGMMA)
+    values[...] = jnp.where(slots < held, plgpu.load(values, layout=WGMMA), jnp.zeros((), values.dtype))
+    plgpu.commit_smem()
+
+
+def zero_low_rank(refs, at, held, shapes: Shapes):
+    """The same for a block of low-rank values, through a flat view of the buffer.
+
+    No register layout fits r < 64 rows of a swizzled buffer. Flat, it is plain: rows of `page_slots`, in which the
+    number of a 16-byte chunk has the number of its 128-byte line added to it, bit by bit.
+    """
+    dtype, size = refs.q.dtype, shapes.r_v * BLOCK_KV
+    if shapes.interpret:  # buffers have no layout there
+        slots = jnp.stack(
+            [jnp.full((shapes.r_v, shapes.page_slots), i * shapes.page_slots) for i in range(shapes.pages_per_block)]
+        )
+        slots += lax.broadcasted_iota(jnp.int32, slots.shape, 2)
+        if not shapes.wide:
+            values = refs.v_smem.at[at]
+        else:
+            stage, u = lax.div(at, jnp.int32(shapes.readers)), lax.rem(at, jnp.int32(shapes.readers))
+            values, slots = refs.v_wide.at[stage, pl.ds(u * shapes.r_v, shapes.r_v)], slots[0]
+        values[...] = jnp.where(slots < held, values[...], jnp.zeros((), dtype))
+    else:
+        layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(8, size // LANES))
+        byte = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) * 2
+        row_bytes = 2 * shapes.page_slots
+        byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
+        page = lax.div(byte, jnp.int32(shapes.r_v * row_bytes))
+        slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
+        flat = refs.v_flat.at[at]
+        flat[...] = jnp.where(slot < held, plgpu.load(flat, layout=layout), jnp.zeros((), dtype))
+    plgpu.commit_smem()

@@ -1,0 +1,142 @@
+"""What the streaming kernel of decode is compiled for, and what it keeps in shared memory."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 keys are one 128-byte row of low-rank
+LANES = 128  # threads of a warpgroup, one f32 each
+SMEM_BYTES = 227 * 1024
+MAX_BARRIERS = 32  # in one group
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What `stream` is compiled for."""
+
+    T: int
+    K: int
+    G: int
+    H: int
+    p: int
+    R: int  # rows per item
+    r_v: int
+    r_k: int
+    readers: int  # the most low-rank pages that an item reads per column
+    stages: int
+    compute: int  # warpgroups that compute
+    scale: float  # of scores, for base 2
+    interpret: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether P meets the low-rank pages of all readers in one product, of which every row keeps its reader's part.
+
+        Cheaper than a product per reader, and it needs no masked P; as far as registers reach.
+        """
+        return self.page_slots == BLOCK_KV and self.readers * self.r_v <= 128
+
+    @property
+    def queries_in_smem(self) -> bool:
+        """Whether registers are needed for other things: rebuilding keys, or many readers' accumulators."""
+        return self.r_k > 0 or (self.wide and self.readers > 1)
+
+    @property
+    def ready(self) -> int:
+        """Barriers that tell of blocks: a multiple of the warpgroups, so that each always waits for the same ones."""
+        return self.stages * (1 if self.stages % self.compute == 0 else self.compute)
+
+    @property
+    def page_slots(self) -> int:
+        """Slots of a page that one block takes."""
+        return min(self.p, BLOCK_KV)
+
+    @property
+    def pages_per_block(self) -> int:
+        return BLOCK_KV // self.page_slots
+
+    @property
+    def blocks_per_page(self) -> int:
+        return max(1, self.p // BLOCK_KV)
+
+    def smem_bytes(self) -> int:
+        """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
+        item = BLOCK_Q * 4 * (self.H + self.aux_width) + 4096
+        if self.queries_in_smem:
+            item += 2 * self.H * BLOCK_Q
+        stage = BLOCK_KV * 2 * (2 * self.H + self.readers * (self.r_v + self.r_k))
+        if self.r_k:
+            rebuilt = self.compute * BLOCK_KV if self.readers > 1 else 0
+            item += 2 * self.H * (rebuilt + self.readers * self.r_k)
+            stage += BLOCK_KV * 2 * self.H
+        return item + self.stages * stage
+
+    def fitted(self) -> "Shapes":
+        """The same with fewer stages, then with fewer rows per item, so that shared memory and barriers suffice."""
+        fits = self
+        while fits.smem_bytes() > SMEM_BYTES or fits.stages * fits.readers > MAX_BARRIERS:
+            if fits.stages > 2:
+                fits = dataclasses.replace(fits, stages=fits.stages - 1)
+            else:
+                fewer = (fits.R + 1) // 2
+                fits = dataclasses.replace(fits, R=fewer, readers=min(fits.readers, fewer), stages=self.stages)
+        return fits
+
+    @property
+    def aux_lane(self) -> int:
+        return max(self.H, LANES)
+
+    @property
+    def aux_width(self) -> int:
+        """Lanes for o_lr, m and l. TMA takes 128-byte steps through shared memory."""
+        return -(-(self.r_v + 2) // 32) * 32
+
+    @property
+    def record(self) -> int:
+        return self.aux_lane + LANES
+
+
+def tiled(*shape: int, dtype, swizzle: int = 128):
+    """A buffer in shared memory in the layout that TMA writes and wgmma reads."""
+    lanes = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(swizzle)))
+
+
+def scratch(s: Shapes, dtype) -> dict:
+    """The kernel's buffers and barriers by name."""
+    swizzle = 64 if s.r_k and s.H == 64 else 128  # low-rank keys are added to halves of K
+    per_reader = [plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers)] * s.compute
+    q_smem, o_smem = plgpu.SMEM((BLOCK_Q, s.H), dtype), plgpu.SMEM((BLOCK_Q, s.H), jnp.float32)
+    buffers = {
+        "kv_smem": tiled(s.stages, BLOCK_KV, 2 * s.H, dtype=dtype, swizzle=swizzle),
+        "queries_or_result": plgpu.RefUnion(q_smem, o_smem),  # the queries are done with when the result is there
+        "aux_smem": plgpu.SMEM((BLOCK_Q, s.aux_width), jnp.float32),
+        "m_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
+        "l_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=s.R),
+        "q_read": plgpu.Barrier(num_arrivals=s.compute),
+        "handed_over": plgpu.Barrier(),
+        "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block + bool(s.r_k), num_barriers=s.ready),
+        "read": plgpu.Barrier(num_barriers=s.stages),
+    }
+    if s.r_v:
+        apart = tiled(
+            s.stages * s.readers, s.pages_per_block, s.r_v, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots
+        )
+        together = tiled(s.stages, s.readers * s.r_v, BLOCK_KV, dtype=dtype)
+        flat = plgpu.SMEM((s.stages * s.readers, s.r_v * BLOCK_KV), dtype)
+        buffers |= {"low_rank_values": plgpu.RefUnion(together if s.wide else apart, flat), "v_ready": per_reader}
+    if s.r_k:
+        buffers |= {
+            "rope_smem": tiled(s.stages, BLOCK_KV, s.H, dtype=jnp.float16, swizzle=swizzle),
+            "k_smem": tiled(s.stages * s.readers, 1, s.r_k, BLOCK_KV, dtype=dtype, swizzle=32),
+            "k_ready": per_reader,
+            "b_smem": tiled(s.readers, s.r_k, s.H, dtype=dtype, swizzle=32),
+            "b_ready": plgpu.Barrier(num_barriers=s.readers),
+        }
+        if s.readers > 1:
+            buffers["own_k"] = tiled(s.compute, BLOCK_KV, s.H, dtype=dtype, swizzle=swizzle)
+    if s.queries_in_smem:
+        buffers |= {"q_tiled": tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle), "q_tiled_ready": plgpu.Barrier()}
+    return buffers

@@ -26,7 +26,7 @@ import numpy as np
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_triton, tuned
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode as mosaic_decode
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill as mosaic_prefill
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill_config as mosaic_prefill
 from lragent_jax.measure.attention import AttentionCase, Chained, Heads, RandomCaches, cycle, paged
 from lragent_jax.measure.timing import DeviceSpeed, chain, measure_device, median_seconds
 
@@ -56,8 +56,8 @@ KERNELS = {
         {"block_kv": (64, 128), "num_stages": (2, 3)},
     ),
     ("pallas_mosaic_gpu", "decode"): Kernel(
-        lambda case, heads: mosaic_decode.BlockSizes(),
-        {"num_stages": (3, 4, 5, 6), "programs": (132, 264, 396)},
+        lambda case, heads: mosaic_decode.heuristic(case.B * case.T, case.S, case.r_k),
+        {"num_stages": (2, 3, 4, 5), "compute": (1, 2), "programs": (132, 264)},
     ),
     ("pallas_triton", "prefill"): Kernel(
         triton_heuristic,

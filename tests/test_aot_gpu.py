@@ -1,6 +1,7 @@
-"""Every kernel for an H100 compiles for one, at the shapes that count, with no H100 there."""
+"""Every GPU kernel compiles for an H100 at the shapes that count, in every configuration, with no H100 there."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -8,24 +9,27 @@ import aot
 import jax
 import jax.numpy as jnp
 import pytest
+from script_modules import load_script
 
-from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, lora_attention
-from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
+from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, tuned
+from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS, dispatch
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BlockSizes as MosaicPrefill
+from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes
 
 pytestmark = pytest.mark.aot
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS if "gpu" in implementation.platforms]
+KERNELS = ("pallas_mosaic_gpu", "pallas_triton")
 RANKS = {"merged": (0, 0), "values": (16, 0), "keys and values": (16, 16)}
-PATHS = {"prefill": (1, 1024), "decode": (8, 1)}
+PATHS = {"prefill": (1, 1024), "decode": (1, 1), "decode, agents": (8, 1)}
 
 
-def attention_shapes(path: str, ranks: str, p: int, H: int, dtype=jnp.bfloat16, N: int = 32, K: int = 8) -> tuple:
-    """Arguments of `attend`. The pools are far larger than what a kernel may need for itself."""
-    (B, T), (r_v, r_k) = PATHS[path], RANKS[ranks]
-    A, W = 4, 16_384 // p
+def attention_shapes(B: int, T: int, r_v: int, r_k: int, p: int, H: int, G: int = 4, K: int = 8) -> tuple:
+    """Arguments of `attend`, in bfloat16. The pools are far larger than what a kernel may need for itself."""
+    A, W = 1 + B, 16_384 // p
     P, P_lr = (2**29 // (slot_bytes * p) for slot_bytes in (K * 2 * H * 2, 16 * 2))  # half a GiB each
 
-    def array(*shape, dtype=dtype) -> Any:
+    def array(*shape, dtype: Any = jnp.bfloat16) -> Any:
         return None if 0 in shape else jax.ShapeDtypeStruct(shape, dtype)
 
     ints = functools.partial(array, dtype=jnp.int32)
@@ -33,39 +37,91 @@ def attention_shapes(path: str, ranks: str, p: int, H: int, dtype=jnp.bfloat16, 
     lora_b = LoraB(array(A, r_v, K, H), array(A, r_k, K, H)) if r_v or r_k else None
     table = PageTable(ints(B, W), ints(B, W) if low_rank else None, ints(B), ints(B))
     rope = array(H // 2, dtype=jnp.float32) if r_k else None
-    return array(B, T, N, H), array(P, K, p, 2 * H), low_rank, lora_b, table, ints(B) if low_rank else None, rope
+    return array(B, T, G * K, H), array(P, K, p, 2 * H), low_rank, lora_b, table, ints(B) if low_rank else None, rope
 
 
-def compile_attention(implementation: str, *shape, **keywords) -> tuple[jax.stages.Compiled, tuple]:
+def compile_attention(implementation: str, shapes: tuple, **block_sizes) -> jax.stages.Compiled:
+    """With the heuristic's block sizes or with those given."""
+
     def attend(*args):
         *args, rope_inv_freq = args
-        return lora_attention(*args, rope_inv_freq=rope_inv_freq, implementation=implementation)
+        sm_scale = args[0].shape[-1] ** -0.5
+        return dispatch(
+            implementation, *args, rope_inv_freq=rope_inv_freq, sm_scale=sm_scale, return_lse=False, **block_sizes
+        )
 
-    shapes = attention_shapes(*shape, **keywords)
-    return aot.compile_for(aot.h100(), attend, *shapes), shapes
+    return aot.compile_for(aot.h100(), attend, *shapes)
 
 
 def check(compiled: jax.stages.Compiled, shapes: tuple, implementation: str) -> None:
-    """That the program is of `implementation` and takes the pools as they are."""
-    _, base, low_rank, *_ = shapes
-    pools = jax.tree.leaves((base, low_rank))
+    """That the program is of `implementation`, kernels and all, and takes the pools as they are."""
+    pools = jax.tree.leaves(shapes[1:3])
     assert aot.implementations_in(compiled) == {implementation}
+    assert ("custom-call" in (compiled.as_text() or "")) == (implementation in KERNELS)
     assert aot.copies_of(compiled, *pools) == []
     assert aot.temporaries(compiled) < min(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
 
 
-@pytest.mark.parametrize("H", [64, 128])
-@pytest.mark.parametrize("p", [64, 128])
+def test_the_kernels_are_registered():
+    assert set(KERNELS) < set(NAMES)
+
+
+@pytest.mark.parametrize(("p", "H"), [(64, 64), (64, 128), (128, 128)])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("implementation", NAMES)
 def test_compiles_at_the_shapes_of_llama(implementation, path, ranks, p, H):
-    compiled, shapes = compile_attention(implementation, path, ranks, p, H)
-    check(compiled, shapes, implementation)
+    shapes = attention_shapes(*PATHS[path], *RANKS[ranks], p, H)
+    check(compile_attention(implementation, shapes), shapes, implementation)
+
+
+@pytest.mark.parametrize("r_v", [8, 32, 64])
+@pytest.mark.parametrize("path", ["prefill", "decode, agents"])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_compiles_at_other_ranks(implementation, path, r_v):
+    shapes = attention_shapes(*PATHS[path], r_v, 0, 64, 128)
+    check(compile_attention(implementation, shapes), shapes, implementation)
+
+
+@pytest.mark.parametrize("G", [1, 3, 7, 16])
+@pytest.mark.parametrize("path", ["prefill", "decode, agents"])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_compiles_at_other_group_sizes(implementation, path, G):
+    shapes = attention_shapes(*PATHS[path], 16, 0, 64, 128, G=G, K=2)
+    check(compile_attention(implementation, shapes), shapes, implementation)
+
+
+def tuned_entries() -> list[tuned.Entry]:
+    return list(itertools.chain(*(tuned.read(file) for file in sorted(tuned.FOLDER.glob("*h100*.json")))))
+
+
+def test_tuned_block_sizes_compile():
+    tuner = load_script("tune_kernels")
+    for entry in tuned_entries():
+        kernel, shape = tuner.KERNELS[entry.implementation, entry.path], entry.shape
+        case = tuner.AttentionCase(8192, T=8192 if entry.path == "prefill" else 1, B=max(1, shape.rows))
+        block_sizes = type(kernel.heuristic(case, tuner.Heads()))(**entry.block_sizes)
+        B, T = (shape.rows, 1) if shape.rows else PATHS["prefill"]
+        shapes = attention_shapes(B, T, shape.r_v, shape.r_k, shape.p, shape.H, G=shape.G)
+        check(compile_attention(entry.implementation, shapes, block_sizes=block_sizes), shapes, entry.implementation)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "path", "block_sizes"),
+    [
+        ("pallas_mosaic_gpu", "prefill", MosaicPrefill(block_kv=128, num_stages=6)),
+        ("pallas_triton", "prefill", PrefillBlockSizes(block_q=256, block_kv=256, num_warps=8, num_stages=6)),
+        ("pallas_triton", "decode", DecodeBlockSizes(block_kv=256, rows_per_item=1, num_warps=8, num_stages=8)),
+    ],
+)
+def test_what_shared_memory_does_not_hold_is_refused(implementation, path, block_sizes):
+    shapes = attention_shapes(*PATHS[path], 16, 0, 64, 128)
+    with pytest.raises((NotImplementedError, ValueError, RuntimeError), match=r"(?i)shared memory|smem"):
+        compile_attention(implementation, shapes, block_sizes=block_sizes)
 
 
 def test_a_copied_pool_is_seen():
-    shapes = attention_shapes("decode", "values", 64, 128)
+    shapes = attention_shapes(1, 1, 16, 0, 64, 128)
     base, low_rank = shapes[1:3]
     copied = aot.compile_for(aot.h100(), lambda base, v: (base.swapaxes(1, 2), v + 0), base, low_rank.v)
     assert len(aot.copies_of(copied, base)) > 0

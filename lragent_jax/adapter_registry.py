@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, AdapterBank
 from lragent_jax.models.bank_builder import assign_groups, bank_ranks, build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import AdapterError
+from lragent_jax.models.sharding import bank_shardings, current_mesh
 from lragent_jax.sharing import BASE_MODEL, AdapterKeys, PageKey
 
 
@@ -108,6 +111,8 @@ class AdapterRegistry:
             self._config, list(adapters.values()), self._dtype,
             num_adapters=capacity + 1, num_groups=max(capacity, 1), ranks=ranks,
         )  # fmt: skip
+        if mesh := current_mesh():
+            bank = jax.device_put(bank, bank_shardings(bank, mesh))
         self._loaded = {
             name: LoadedAdapter(
                 bank_row=row + 1,

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import OutOfPagesError
+from lragent_jax.models.sharding import current_mesh
+from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
 from lragent_jax.sharing import PageKey
@@ -102,7 +105,7 @@ class PagedCache:
         num_low_rank_pages = self.pools["low_rank"].num_pages
         try:
             arrays = Cache(
-                base=BaseCache(kv=tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))),
+                base=BaseCache(kv=_pools(config.num_layers, shape, self.dtype, POOL)),
                 low_rank=LowRankCache(
                     v=self._low_rank_pools(self.low_rank_ranks.get("v"), num_low_rank_pages),
                     k=self._low_rank_pools(self.low_rank_ranks.get("k"), num_low_rank_pages),
@@ -187,7 +190,7 @@ class PagedCache:
         if rank is None:
             return None
         shape = (num_pages, rank, self.page_size)
-        return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.config.num_layers))
+        return _pools(self.config.num_layers, shape, self.dtype, WHOLE)
 
     def _copy(self, base: list[PageCopy], low_rank: list[PageCopy]) -> None:
         for name, copies in (("base", base), ("low_rank", low_rank)):
@@ -199,6 +202,13 @@ class PagedCache:
                 targets[: len(batch)] = [copy.target for copy in batch]
                 copied = copy_pages(getattr(self.arrays, name), sources, targets)
                 self.arrays = dataclasses.replace(self.arrays, **{name: copied})
+
+
+def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> tuple[jax.Array, ...]:
+    """One array of zeros per layer, placed where the current mesh, if any, wants them."""
+    mesh = current_mesh()
+    place = None if mesh is None else NamedSharding(mesh, spec)
+    return tuple(jnp.zeros(shape, dtype, device=place) for _ in range(num_layers))
 
 
 def _pages_needed(claims: Iterable[Claim], pool: PagePool) -> int:

@@ -120,8 +120,11 @@ def write_low_rank(
     `implementation` is attention's: its TPU kernels come with one that writes pages in place.
     """
     on_tpu = implementation == "pallas_mosaic_tpu" or (implementation is None and default_platform() == "tpu")
-    if on_tpu and page_update.takes(pool):
-        return per_shard(_update_low_rank_pages, (WHOLE, WHOLE, WHOLE), WHOLE)(pool, low_rank, table)
+    write = _update_low_rank_pages if on_tpu and page_update.takes(pool) else _scatter_low_rank
+    return per_shard(write, (WHOLE, WHOLE, WHOLE), WHOLE)(pool, low_rank, table)
+
+
+def _scatter_low_rank(pool, low_rank, table: PageTable):
     num_pages, rank, page_size = pool.shape
     num_tokens = low_rank.shape[2]
 

@@ -63,6 +63,12 @@ def bank_shardings(bank: AdapterBank, mesh: Mesh) -> AdapterBank:
     return jax.tree_util.tree_map_with_path(place, bank)
 
 
+def current_mesh() -> Mesh | None:
+    """The mesh that `jax.set_mesh` made current, if it has the axis that models are cut along."""
+    mesh = jax.sharding.get_mesh()
+    return mesh if AXIS in mesh.axis_names else None
+
+
 def cache_shardings(base: BaseCache, low_rank: LowRankCache, mesh: Mesh) -> tuple[BaseCache, LowRankCache]:
     """A `NamedSharding` per pool: base pages are cut by kv head, low-rank pages are on every device."""
     by_head, whole = NamedSharding(mesh, POOL), NamedSharding(mesh, WHOLE)

@@ -7,7 +7,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """name: libtpu's. Memory in bytes, bandwidth in bytes and bf16 products in FLOP per second (cloud.google.com/tpu)."""
+    """name: libtpu's. Memory in bytes, bandwidth in bytes and bf16 products in FLOP per second."""
 
     name: str
     hbm: int

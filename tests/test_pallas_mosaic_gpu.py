@@ -29,6 +29,9 @@ class TestPagesOf16(AttentionContract):
     def adapt(self, case):
         return to_kernel(case, p=16, H=64)
 
+    def refuses(self, case):
+        return "page size 16 with low-rank keys" if case.r_k and case.p < 64 else None
+
 
 @on_hopper
 class TestPagesOf128(AttentionContract):

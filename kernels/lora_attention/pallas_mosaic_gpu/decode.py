@@ -13,6 +13,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.merge import merge
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import rope_table
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import stream
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, Shapes
+from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
 
@@ -33,13 +34,15 @@ class BlockSizes:
             raise ValueError(f"{self}: num_stages must be at least 2, compute 1 or 2, programs at least 1")
 
 
-def heuristic(rows: int, keys: int, r_k: int) -> BlockSizes:
-    """For that many (row, token) pairs against caches of up to that many keys, with low-rank keys of that rank.
+def heuristic(rows: int, r_k: int) -> BlockSizes:
+    """For that many (row, token) pairs, with low-rank keys of rank r_k.
 
     One warpgroup keeps up with the memory where a block is one pair of products and one softmax. Reading several
     agents' low-rank pages, or rebuilding keys, takes two.
     """
-    return BlockSizes(num_stages=4 if keys <= 8192 else 3, compute=1 if rows == 1 and not r_k else 2)
+    if rows == 1 and not r_k:
+        return BlockSizes(num_stages=2, compute=1)
+    return BlockSizes(num_stages=3, compute=2)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "return_lse", "block_sizes", "interpret"))
@@ -65,7 +68,11 @@ def decode(
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank)
     if r_k and p < BLOCK_KV:
         raise NotImplementedError(f"page size {p} with low-rank keys: {BLOCK_KV} of one page are rebuilt at a time")
-    block_sizes = block_sizes or heuristic(B * T, W * p, r_k)
+    block_sizes = (
+        block_sizes
+        or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank)
+        or heuristic(B * T, r_k)
+    )
     shapes = Shapes(
         T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),
         r_v=r_v, r_k=r_k, readers=min(BLOCK_Q // G, B),

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import LEAST
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import LANES
@@ -32,8 +33,8 @@ def joined(partial, num_parts, H: int, r: int, aux_lane: int):
         indices = [jnp.minimum(first + i, num_parts - 1) for i in range(BATCH)]
         ms = [partial[j, aux_lane + r] for j in indices]
         ls = [partial[j, aux_lane + r + 1] for j in indices]
-        os = [plgpu.load(partial.at[j, pl.ds(0, width)], layout=strided(width)) for j in indices]
-        lrs = [plgpu.load(partial.at[j, pl.ds(aux_lane, LANES)], layout=strided(LANES)) for j in indices] if r else []
+        os = [load(partial.at[j, pl.ds(0, width)], strided(width)) for j in indices]
+        lrs = [load(partial.at[j, pl.ds(aux_lane, LANES)], strided(LANES)) for j in indices] if r else []
         m_new = functools.reduce(jnp.maximum, ms, m)
         rescale = jnp.exp2(m - m_new)
         weights = [jnp.where(first + i < num_parts, jnp.exp2(m_i - m_new), 0.0) for i, m_i in enumerate(ms)]
@@ -70,7 +71,7 @@ def merge_kernel(*refs, T: int, G: int, H: int, r: int, num_adapters: int | None
         def expand(turn, o):
             for i in range(8):
                 rho = turn * 8 + i
-                b = plgpu.load(lora_b.at[own, rho, k], layout=strided(aux_lane))
+                b = load(lora_b.at[own, rho, k], strided(aux_lane))
                 o += aux_smem[rho] * b.astype(jnp.float32)
             return o
 

@@ -85,12 +85,21 @@ def stream_kernel(refs, shapes: Shapes):
         def _():
             if shapes.compute == 2:
                 plgpu.set_max_registers(224, action="increase")
-            state = attend(refs, item, head, (first, end), num_blocks, warpgroup, shapes)
-            if shapes.compute == 1:
-                finish(refs, item, head, state, shapes)
+
+            def compute(readers: int):
+                state = attend(refs, item, (first, end), num_blocks, warpgroup, readers, shapes)
+                if shapes.compute == 1:
+                    finish(refs, item, head, state, shapes)
+                else:
+                    pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
+                    pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
+
+            if shapes.wide and shapes.readers > 1:  # agents of one A-group read the same pages: that is not wide
+                several = refs.readers.count[item] > 1
+                pl.when(several)(lambda: compute(shapes.readers))
+                pl.when(jnp.logical_not(several))(lambda: compute(1))
             else:
-                pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
-                pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
+                compute(shapes.readers)
 
 
 def stream(

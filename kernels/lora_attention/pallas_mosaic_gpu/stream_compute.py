@@ -3,44 +3,26 @@
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import (
+    PER_ROW,
+    WGMMA,
+    full,
+    load,
+    over_lanes,
+    product,
+)
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import with_barrier
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, LANES, Shapes
 
 # Scores of keys that a row does not see, far below the least maximum: exp2 of the difference is 0 however the products
 # in between are rounded.
 UNSEEN, LEAST = -1e30, -1e20
-WGMMA, PER_ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-
-
-def product(a, b, acc=None, *, interpret: bool):
-    """acc + a b on the matrix unit, in f32; b, and a if it is no array, in shared memory."""
-    if interpret:  # wgmma on values in registers is not interpreted
-        total = jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
-        return total if acc is None else acc + total
-    if acc is None:
-        shape = (a.shape[0], b.shape[1])
-
-        def compute(acc_ref):
-            plgpu.wgmma(acc_ref, a, b)
-            return acc_ref[...]
-
-        return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(acc))
-
-
-def full(shape, value, layout, dtype=jnp.float32):
-    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
-
-
-def over_lanes(per_row, width: int):
-    return lax.broadcast_in_dim(per_row, (BLOCK_Q, width), (0,))
 
 
 class State(NamedTuple):
@@ -52,20 +34,20 @@ class State(NamedTuple):
     l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
 
 
-def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> State:
-    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
+def attend(refs, item, span, num_blocks, warpgroup, readers: int, shapes: Shapes) -> State:
+    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn; `readers` at most read."""
     H, r = shapes.H, shapes.r_v
     start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
-    limits = plgpu.load(refs.limits.at[item], layout=PER_ROW, optimized=False)
-    reader_of_row = plgpu.load(refs.readers.of_row.at[item], layout=PER_ROW, optimized=False) if r else None
+    limits = load(refs.limits.at[item], PER_ROW, optimized=False)
+    reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False) if r else None
     if shapes.r_k:
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
     if shapes.queries_in_smem:
         plgpu.barrier_wait(refs.q_tiled_ready)
-        q = refs.q_tiled
+        q = refs.q_tiled if shapes.r_k or readers > 1 else load(refs.q_tiled, WGMMA)
     else:
         plgpu.barrier_wait(refs.q_ready)
-        q = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
+        q = load(refs.q_smem, WGMMA, optimized=False)
     plgpu.barrier_arrive(refs.q_read)
 
     def block(i, state: State, masked: bool) -> State:
@@ -89,9 +71,7 @@ def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> Sta
         o = product(probs.astype(refs.q.dtype), v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
         o_lr = None
         if r and shapes.wide:
-            o_lr = read_all_low_rank(
-                state.o_lr * over_lanes(rescale, r * shapes.readers), probs, j, stage, position, masked
-            )
+            o_lr = read_all_low_rank(state.o_lr * over_lanes(rescale, width), probs, j, stage, position, masked)
         elif r:
             o_lr = read_low_rank(state.o_lr * over_lanes(rescale, r), probs, j, stage, position, masked)
         plgpu.barrier_arrive(refs.read.at[stage])
@@ -123,10 +103,10 @@ def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> Sta
             return
 
         lax.fori_loop(0, refs.readers.count[item], ready, None)
-        pages = refs.v_wide.at[stage].transpose((1, 0))
+        pages = refs.v_wide.at[stage, pl.ds(0, width)].transpose((1, 0))
         return product(probs.astype(refs.q.dtype), pages, o_lr, interpret=shapes.interpret)
 
-    width = r * shapes.readers if shapes.wide else r
+    width = r * readers if shapes.wide else r
     o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
     state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
     unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
@@ -134,10 +114,10 @@ def attend(refs, item, head, span, num_blocks, warpgroup, shapes: Shapes) -> Sta
     unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
     state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
     state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
-    if state.o_lr is None or not shapes.wide or shapes.readers == 1:
+    if width == r:
         return state
     own = full((BLOCK_Q, r), 0, WGMMA)
-    for u in range(shapes.readers):
+    for u in range(readers):
         own = jnp.where(over_lanes(reader_of_row, r) == u, state.o_lr[:, u * r : (u + 1) * r], own)
     return state._replace(o_lr=own)
 
@@ -155,13 +135,13 @@ def hand_over(refs, state: State):
 def join(refs, state: State) -> State:
     """What the first warpgroup and the second have seen together."""
     plgpu.barrier_wait(refs.handed_over)
-    other_m, other_l = (plgpu.load(x, layout=PER_ROW, optimized=False) for x in (refs.m_smem, refs.l_smem))
+    other_m, other_l = (load(x, PER_ROW, optimized=False) for x in (refs.m_smem, refs.l_smem))
     m = jnp.maximum(state.m, other_m)
     own, other = jnp.exp2(state.m - m), jnp.exp2(other_m - m)
 
     def both(mine, ref):
         width = mine.shape[1]
-        theirs = plgpu.load(ref, layout=WGMMA, optimized=False)
+        theirs = load(ref, WGMMA, optimized=False)
         return mine * over_lanes(own, width) + theirs * over_lanes(other, width)
 
     o_lr = None if state.o_lr is None else both(state.o_lr, refs.aux_smem.at[:, pl.ds(0, state.o_lr.shape[1])])
@@ -201,7 +181,7 @@ def own_scores(refs, q, stage, j, item, warpgroup, shapes: Shapes):
         pl.when(count > 0)(lambda: rebuild_keys(refs, jnp.int32(0), stage, j, k, shapes))
         return product(q, k.transpose((1, 0)), interpret=shapes.interpret)
     own_k = refs.own_k.at[warpgroup]
-    adapter_of_row = plgpu.load(refs.expanders.of_row.at[item], layout=PER_ROW, optimized=False)
+    adapter_of_row = load(refs.expanders.of_row.at[item], PER_ROW, optimized=False)
 
     def one(e, scores):
         rebuild_keys(refs, e, stage, j, own_k, shapes)
@@ -221,7 +201,7 @@ def rebuild_keys(refs, e, stage, j, out, shapes: Shapes) -> None:
     high = product(low_rank, b.at[:, high_lanes], interpret=shapes.interpret)
 
     def read(ref):
-        return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+        return load(ref, WGMMA).astype(jnp.float32)
 
     cos, sin = read(refs.rope_smem.at[stage, :, low_lanes]), read(refs.rope_smem.at[stage, :, high_lanes])
     for lanes, added in ((low_lanes, low * cos - high * sin), (high_lanes, high * cos + low * sin)):
@@ -233,7 +213,7 @@ def rebuild_keys(refs, e, stage, j, out, shapes: Shapes) -> None:
 def zero_values(values, held, H: int):
     """Zeroes slots ≥ `held` of a block of values: what lies there was never written, and 0 · NaN is NaN."""
     slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK_KV, H), 0, layout=WGMMA)
-    values[...] = jnp.where(slots < held, plgpu.load(values, layout=WGMMA), jnp.zeros((), values.dtype))
+    values[...] = jnp.where(slots < held, load(values, WGMMA), jnp.zeros((), values.dtype))
     plgpu.commit_smem()
 
 
@@ -263,5 +243,5 @@ def zero_low_rank(refs, at, held, shapes: Shapes):
         page = lax.div(byte, jnp.int32(shapes.r_v * row_bytes))
         slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
         flat = refs.v_flat.at[at]
-        flat[...] = jnp.where(slot < held, plgpu.load(flat, layout=layout), jnp.zeros((), dtype))
+        flat[...] = jnp.where(slot < held, load(flat, layout), jnp.zeros((), dtype))
     plgpu.commit_smem()

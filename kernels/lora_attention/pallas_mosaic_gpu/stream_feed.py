@@ -5,9 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import WGMMA, load
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, Shapes
-
-WGMMA = plgpu.Layout.WGMMA
 
 
 def page_of_block(j, span, table, shapes: Shapes, i: int = 0):
@@ -40,7 +39,7 @@ def bring(refs, item, head, span, num_blocks, shapes: Shapes):
         bring_expansion(refs, item, head)
     if shapes.queries_in_smem:
         plgpu.barrier_wait(refs.q_ready)
-        refs.q_tiled[...] = plgpu.load(refs.q_smem, layout=WGMMA, optimized=False)
+        refs.q_tiled[...] = load(refs.q_smem, WGMMA, optimized=False)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_tiled_ready)
 
@@ -98,7 +97,7 @@ def values_of(refs, shapes: Shapes):
 def bring_low_rank(refs, readers, item, j, span, shapes: Shapes, pool, smem, ready):
     """A block of every reader's low-rank pages. Page ids are read some at a time: the reads' latencies overlap."""
     count = readers.count[item]
-    together = min(4, shapes.readers)
+    together = min(8, shapes.readers)
 
     def some(turn, _):
         for i in range(shapes.pages_per_block):

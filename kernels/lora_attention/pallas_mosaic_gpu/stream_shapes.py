@@ -35,7 +35,7 @@ class Shapes:
 
         Cheaper than a product per reader, and it needs no masked P; as far as registers reach.
         """
-        return self.page_slots == BLOCK_KV and self.readers * self.r_v <= 128
+        return self.page_slots == BLOCK_KV and self.readers * self.r_v <= 128 and (not self.r_k or self.readers == 1)
 
     @property
     def queries_in_smem(self) -> bool:

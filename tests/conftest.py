@@ -13,6 +13,10 @@ if "XLA_FLAGS" not in os.environ:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
+# Pallas' GPU interpreter runs every warpgroup as a thread that waits for others inside a callback: with as many threads
+# as a small machine has cores they would wait for ever.
+os.environ.setdefault("NPROC", "16")
+
 # The modules that pass arrays on; the rest answer a caller's wrong types with errors of their own.
 install_import_hook(
     ["lragent_jax.kernels", "lragent_jax.models", "lragent_jax.generation", "lragent_jax.sampling"], "beartype.beartype"

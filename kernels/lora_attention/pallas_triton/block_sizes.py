@@ -81,13 +81,19 @@ def heuristic(
     if r_v:
         rows = min(rows, max(1, MAX_READER_LANES // padded(r_v)))
         lanes += padded(r_v) * (rows - 1)
-    block_kv = min(32 if itemsize == 4 else 64, 8 * p)
-    # Programs of one row run in pairs on a multiprocessor. The small products of few rows hold one stage in registers.
-    available = shared_memory // 2 - 2**13 if rows == 1 else shared_memory - 2**15
-    num_stages = available // (block_kv * lanes * itemsize) + (rows * G < MAX_TILE_ROWS)
-    wide = rows * max(G, padded(r_v) // 4 if r_v else 0) > 32
+    block_kv = min(32 if itemsize == 4 or r_k else 64, 8 * p)
+    # Programs of one row run in pairs on a multiprocessor. Fewer rows than Hopper's instructions take hold one stage in
+    # registers, and leave less room for what is not a stage.
+    few = rows * G < MAX_TILE_ROWS
+    available = (
+        shared_memory // 2 - 2**13 if rows == 1 else shared_memory - (2**8 * padded(H) + 2**13 if few else 2**14)
+    )
+    num_stages = available // (block_kv * lanes * itemsize) + few
+    wide = rows * max(G, padded(r_v) // 4 if r_v else 0) > 32 or (r_k and rows > 1)
     return DecodeBlockSizes(
-        block_kv, rows, 8 if wide else 4, max(2, min(4, num_stages)), programs=264 if rows == 1 else 132
+        *(block_kv, rows, 8 if wide else 4),
+        num_stages=max(2, min(4 if block_kv == 64 or rows > 1 else 6, num_stages)),
+        programs=264 if rows == 1 else 132,
     )
 
 

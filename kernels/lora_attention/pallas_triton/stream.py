@@ -70,12 +70,23 @@ class Statics(NamedTuple):
         """
         if not self.ptx:
             return jnp.exp2(x * scale - minus)
-        asm = "{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }"
         args = [x, jnp.full(x.shape, scale, jnp.float32), jnp.broadcast_to(-minus, x.shape)]
-        shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        return plgpu.elementwise_inline_asm(
-            asm, args=args, constraints="=f,f,f,f", pack=1, result_shape_dtypes=[shape]
-        )[0]
+        return ptx("{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", args)
+
+    def cos_sin(self, position, inv_freq):
+        """Of the angles position · inv_freq [n], rounded to f32 before they are taken, whatever their size."""
+        if self.exact or not self.ptx:
+            angles = position.astype(jnp.float32) * inv_freq
+            return jnp.cos(angles), jnp.sin(angles)
+        turns = position.astype(jnp.float32) * (inv_freq * (0.5 / math.pi))
+        angles = (turns - jnp.floor(turns)) * (2 * math.pi)  # the chip's own functions are precise near 0 only
+        return ptx("cos.approx.ftz.f32 $0, $1;", [angles]), ptx("sin.approx.ftz.f32 $0, $1;", [angles])
+
+
+def ptx(asm: str, args: list):
+    """One f32 per element of f32 arguments of one shape, by NVIDIA's assembly language."""
+    shape, constraints = jax.ShapeDtypeStruct(args[0].shape, jnp.float32), ",".join(["=f"] + ["f"] * len(args))
+    return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
 
 
 class Reader(NamedTuple):
@@ -231,8 +242,7 @@ def expanded_keys(b: list, low_rank, rotations: Rotations, keys: list, start, s:
 
     A rotation by start + i is one by start, which turns the few rows of B, and then one by i, the same in every block.
     """
-    angle = start.astype(jnp.float32) * rotations.inv_freq
-    turned_b = turn(*b, jnp.cos(angle)[None], jnp.sin(angle)[None])
+    turned_b = turn(*b, *(x[None] for x in s.cos_sin(start, rotations.inv_freq)))
     expanded = (s.dot(low_rank, half.astype(low_rank.dtype), trans_a=True) for half in turned_b)
     turned = turn(*expanded, rotations.cos.astype(jnp.float32), rotations.sin.astype(jnp.float32))
     return [(k.astype(jnp.float32) + more).astype(k.dtype) for k, more in zip(keys, turned, strict=True)]

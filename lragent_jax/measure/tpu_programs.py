@@ -125,28 +125,42 @@ class Workload:
     def table(self) -> PageTable:
         B, W = self.batch, self.width
         g = 1 if self.split and any(target in self.targets for target in CACHED_TARGETS) else 0
-        return PageTable(
-            q_starts=self.ints(B), kv_lens=self.ints(B), base=self.ints(B, W), base_write_from=self.ints(B),
-            low_rank=self.ints(g, B, W), low_rank_write_from=self.ints(g, B), group_ids=self.ints(g, B),
-            read_slots=self.ints(B),
+
+        def ints(*shape: int):
+            return jnp.zeros(shape, jnp.int32)
+
+        table = jax.eval_shape(
+            lambda: PageTable(
+                q_starts=ints(B), kv_lens=ints(B), base=ints(B, W), base_write_from=ints(B), low_rank=ints(g, B, W),
+                low_rank_write_from=ints(g, B), group_ids=ints(g, B), read_slots=ints(B),
+            )
         )  # fmt: skip
+        return self.everywhere(table)
+
+    def everywhere(self, tree):
+        """The tree's shapes and dtypes, on every device."""
+        return jax.tree.map(lambda x: self.array(*x.shape, dtype=x.dtype), tree)
 
     def lower(self, program: str) -> jax.stages.Lowered:
         """`program` ("prefill" or "decode") of the batch, ready to be compiled; its caches are donated."""
         graphdef, params = self.params()
         args = (graphdef, params, self.bank(), self.cache())
         ids, table = self.ints(self.batch), self.table()
+        sampling = self.everywhere(sampling_arrays([], [], (), self.batch))
         with jax.set_mesh(self.mesh):
             if program == "prefill":
                 tokens = self.ints(self.batch, self.tokens)
                 return generation.prefill.lower(*args, tokens, ids, table, implementation=self.implementation)
-            state = DecodeState(self.ints(self.batch), self.ints(self.batch), self.array(self.batch, dtype=bool))
-            sampling = jax.tree.map(
-                lambda x: self.array(*x.shape, dtype=x.dtype), sampling_arrays([], [], (), self.batch)
-            )
             return generation.decode.lower(
-                *args, state, sampling, ids, table, self.ints(), block=32, implementation=self.implementation
+                *args, self.state(), sampling, ids, table, self.ints(), block=32, implementation=self.implementation
             )
+
+    def state(self) -> DecodeState:
+        def start() -> DecodeState:
+            counts = jnp.zeros(self.batch, jnp.int32)
+            return DecodeState(counts, counts, jnp.zeros(self.batch, bool))
+
+        return self.everywhere(jax.eval_shape(start))
 
 
 def place(tree, shardings):
@@ -181,10 +195,15 @@ class KernelShape:
     def arguments(self) -> tuple:
         """Those of `attend` below."""
         p, A, W = 128, 4, 264
-        P = 2**29 // (p * self.K * 2 * self.H * jnp.dtype(self.dtype).itemsize)
+        itemsize = jnp.dtype(self.dtype).itemsize
+        P = 2**29 // (p * self.K * 2 * self.H * itemsize)
         ints = functools.partial(self.array, dtype=jnp.int32)
         adapted = self.r_v or self.r_k
-        low_rank = LowRank(self.array(P, self.r_v, p), self.array(P, self.r_k, p)) if adapted else None
+
+        def low_rank_pool(r: int) -> Any:
+            return self.array(2**27 // (p * r * itemsize), r, p) if r else None
+
+        low_rank = LowRank(low_rank_pool(self.r_v), low_rank_pool(self.r_k)) if adapted else None
         lora_b = LoraB(self.array(A, self.r_v, self.K, self.H), self.array(A, self.r_k, self.K, self.H))
         B = self.B
         table = attention.PageTable(ints(B, W), ints(B, W) if adapted else None, ints(B), ints(B))

@@ -143,7 +143,7 @@ def decode(
     o, stats, *o_lr = run_items(
         finish_item,
         config,
-        f"lora_attention_decode_r{R}_kv{config.block}_rv{r_v}_rk{r_k}",
+        f"lora_decode_r{R}_kv{config.block}_rv{r_v}_rk{r_k}",
         (I,),
         planned_items(plan, adapter_ids, p),
         (page_table.base, page_table.low_rank),

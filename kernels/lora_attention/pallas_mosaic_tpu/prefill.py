@@ -131,7 +131,7 @@ def prefill(
     o, *lse = run_items(
         functools.partial(finish_tile, num_adapters=num_adapters, has_values=lora_b.v is not None),
         config,
-        f"lora_attention_prefill_q{block_q}_kv{config.block}_rv{r_v}_rk{r_k}",
+        f"lora_prefill_q{block_q}_kv{config.block}_rv{r_v}_rk{r_k}",
         (B, tiles),
         tile_items(page_table, adapter_ids, tiles, block_q, p),
         (page_table.base, page_table.low_rank),

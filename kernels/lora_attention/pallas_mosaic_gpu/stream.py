@@ -85,21 +85,12 @@ def stream_kernel(refs, shapes: Shapes):
         def _():
             if shapes.compute == 2:
                 plgpu.set_max_registers(224, action="increase")
-
-            def compute(readers: int):
-                state = attend(refs, item, (first, end), num_blocks, warpgroup, readers, shapes)
-                if shapes.compute == 1:
-                    finish(refs, item, head, state, shapes)
-                else:
-                    pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
-                    pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
-
-            if shapes.wide and shapes.readers > 1:  # agents of one A-group read the same pages: that is not wide
-                several = refs.readers.count[item] > 1
-                pl.when(several)(lambda: compute(shapes.readers))
-                pl.when(jnp.logical_not(several))(lambda: compute(1))
+            state = attend(refs, item, (first, end), num_blocks, warpgroup, shapes)
+            if shapes.compute == 1:
+                finish(refs, item, head, state, shapes)
             else:
-                compute(shapes.readers)
+                pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
+                pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
 
 
 def stream(
@@ -147,7 +138,7 @@ def stream(
             group, field = name.split(".")
             groups.setdefault(group, {})[field] = named.pop(name)
         if s.r_v:
-            buffers["v_wide" if s.wide else "v_smem"], buffers["v_flat"] = buffers.pop("low_rank_values")
+            buffers["v_smem"], buffers["v_flat"] = buffers.pop("low_rank_values")
         groups = {name: Readers(**fields) for name, fields in groups.items()}
         refs = Refs(**named, **groups, **buffers, partial=args[-1])
         stream_kernel(refs, s)

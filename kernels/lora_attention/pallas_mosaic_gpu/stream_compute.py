@@ -34,17 +34,16 @@ class State(NamedTuple):
     l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
 
 
-def attend(refs, item, span, num_blocks, warpgroup, readers: int, shapes: Shapes) -> State:
-    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn; `readers` at most read."""
+def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
+    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
     H, r = shapes.H, shapes.r_v
     start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
     limits = load(refs.limits.at[item], PER_ROW, optimized=False)
     reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False) if r else None
-    if shapes.r_k:
+    if shapes.r_k:  # the queries stay in shared memory: rebuilding keys takes the registers
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
-    if shapes.queries_in_smem:
         plgpu.barrier_wait(refs.q_tiled_ready)
-        q = refs.q_tiled if shapes.r_k or readers > 1 else load(refs.q_tiled, WGMMA)
+        q = refs.q_tiled
     else:
         plgpu.barrier_wait(refs.q_ready)
         q = load(refs.q_smem, WGMMA, optimized=False)
@@ -70,9 +69,7 @@ def attend(refs, item, span, num_blocks, warpgroup, readers: int, shapes: Shapes
         sums = state.l * rescale + probs.sum(axis=1)
         o = product(probs.astype(refs.q.dtype), v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
         o_lr = None
-        if r and shapes.wide:
-            o_lr = read_all_low_rank(state.o_lr * over_lanes(rescale, width), probs, j, stage, position, masked)
-        elif r:
+        if r:
             o_lr = read_low_rank(state.o_lr * over_lanes(rescale, r), probs, j, stage, position, masked)
         plgpu.barrier_arrive(refs.read.at[stage])
         return State(o, o_lr, m, sums)
@@ -94,32 +91,13 @@ def attend(refs, item, span, num_blocks, warpgroup, readers: int, shapes: Shapes
 
         return lax.fori_loop(0, refs.readers.count[item], one, o_lr)
 
-    def read_all_low_rank(o_lr, probs, j, stage, position, masked):
-        def ready(u, _):
-            with_barrier(refs.v_ready, j, u, shapes, plgpu.barrier_wait)
-            if masked:
-                at = stage * shapes.readers + u
-                zero_low_rank(refs, at, refs.readers.limits[item, u] - position, shapes)
-            return
-
-        lax.fori_loop(0, refs.readers.count[item], ready, None)
-        pages = refs.v_wide.at[stage, pl.ds(0, width)].transpose((1, 0))
-        return product(probs.astype(refs.q.dtype), pages, o_lr, interpret=shapes.interpret)
-
-    width = r * readers if shapes.wide else r
-    o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
+    o_lr = full((BLOCK_Q, r), 0, WGMMA) if r else None
     state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
     unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
     turn = jnp.int32(shapes.compute)
     unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
     state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
-    state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
-    if width == r:
-        return state
-    own = full((BLOCK_Q, r), 0, WGMMA)
-    for u in range(readers):
-        own = jnp.where(over_lanes(reader_of_row, r) == u, state.o_lr[:, u * r : (u + 1) * r], own)
-    return state._replace(o_lr=own)
+    return lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
 
 
 def hand_over(refs, state: State):
@@ -229,11 +207,7 @@ def zero_low_rank(refs, at, held, shapes: Shapes):
             [jnp.full((shapes.r_v, shapes.page_slots), i * shapes.page_slots) for i in range(shapes.pages_per_block)]
         )
         slots += lax.broadcasted_iota(jnp.int32, slots.shape, 2)
-        if not shapes.wide:
-            values = refs.v_smem.at[at]
-        else:
-            stage, u = lax.div(at, jnp.int32(shapes.readers)), lax.rem(at, jnp.int32(shapes.readers))
-            values, slots = refs.v_wide.at[stage, pl.ds(u * shapes.r_v, shapes.r_v)], slots[0]
+        values = refs.v_smem.at[at]
         values[...] = jnp.where(slots < held, values[...], jnp.zeros((), dtype))
     else:
         layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(8, size // LANES))

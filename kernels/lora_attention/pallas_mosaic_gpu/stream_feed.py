@@ -37,11 +37,6 @@ def bring(refs, item, head, span, num_blocks, shapes: Shapes):
     leader = refs.meta[item, 2]
     if shapes.r_k:
         bring_expansion(refs, item, head)
-    if shapes.queries_in_smem:
-        plgpu.barrier_wait(refs.q_ready)
-        refs.q_tiled[...] = load(refs.q_smem, WGMMA, optimized=False)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.q_tiled_ready)
 
     def step(j, _):
         stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
@@ -55,28 +50,16 @@ def bring(refs, item, head, span, num_blocks, shapes: Shapes):
             position = span[0] * shapes.p + j * BLOCK_KV
             angles = refs.rope.at[pl.ds(position, BLOCK_KV)]
             plgpu.copy_gmem_to_smem(angles, refs.rope_smem.at[stage], refs.kv_ready.at[ready])
-            bring_low_rank(
-                refs,
-                refs.expanders,
-                item,
-                j,
-                span,
-                shapes,
-                refs.low_rank_k,
-                lambda stage, u, i: refs.k_smem.at[stage * shapes.readers + u, i],
-                refs.k_ready,
-            )
+            bring_low_rank(refs, refs.expanders, item, j, span, shapes, refs.low_rank_k, refs.k_smem, refs.k_ready)
         if shapes.r_v:
-            bring_low_rank(
-                refs, refs.readers, item, j, span, shapes, refs.low_rank_v, values_of(refs, shapes), refs.v_ready
-            )
+            bring_low_rank(refs, refs.readers, item, j, span, shapes, refs.low_rank_v, refs.v_smem, refs.v_ready)
         return
 
     lax.fori_loop(0, num_blocks, step, None)
 
 
 def bring_expansion(refs, item, head):
-    """B of every adapter whose keys are rebuilt."""
+    """B of every adapter whose keys are rebuilt, and the queries in the layout that the matrix unit reads."""
 
     def one(e, _):
         b = refs.lora_b_k.at[refs.expander_ids[item, e], :, head]
@@ -84,14 +67,10 @@ def bring_expansion(refs, item, head):
         return
 
     lax.fori_loop(0, refs.expanders.count[item], one, None)
-
-
-def values_of(refs, shapes: Shapes):
-    """(stage, reader, page of the block) -> where its low-rank values go."""
-    r = shapes.r_v
-    if shapes.wide:
-        return lambda stage, u, i: refs.v_wide.at[stage, pl.ds(pl.multiple_of(u * r, 8), r)]
-    return lambda stage, u, i: refs.v_smem.at[stage * shapes.readers + u, i]
+    plgpu.barrier_wait(refs.q_ready)
+    refs.q_tiled[...] = load(refs.q_smem, WGMMA, optimized=False)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.q_tiled_ready)
 
 
 def bring_low_rank(refs, readers, item, j, span, shapes: Shapes, pool, smem, ready):
@@ -105,12 +84,12 @@ def bring_low_rank(refs, readers, item, j, span, shapes: Shapes, pool, smem, rea
             rows = [lax.div(readers.rows[item, jnp.minimum(u, count - 1)], jnp.int32(shapes.T)) for u in us]
             pages = [page_of_block(j, span, refs.low_rank_table.at[row], shapes, i) for row in rows]
             for u, (page, start) in zip(us, pages, strict=True):
-                at = lax.rem(j, jnp.int32(shapes.stages))
+                at = lax.rem(j, jnp.int32(shapes.stages)) * shapes.readers + u
 
                 @pl.when(u < count)
                 def _(at=at, u=u, page=page, start=start, i=i):
                     slots = pool.at[page, :, pl.ds(start, shapes.page_slots)]
-                    with_barrier(ready, j, u, shapes, lambda told: plgpu.copy_gmem_to_smem(slots, smem(at, u, i), told))
+                    with_barrier(ready, j, u, shapes, lambda told: plgpu.copy_gmem_to_smem(slots, smem.at[at, i], told))
 
         return
 

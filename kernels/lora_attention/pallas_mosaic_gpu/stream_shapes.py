@@ -30,19 +30,6 @@ class Shapes:
     interpret: bool = False
 
     @property
-    def wide(self) -> bool:
-        """Whether P meets the low-rank pages of all readers in one product, of which every row keeps its reader's part.
-
-        Cheaper than a product per reader, and it needs no masked P; as far as registers reach.
-        """
-        return self.page_slots == BLOCK_KV and self.readers * self.r_v <= 128 and (not self.r_k or self.readers == 1)
-
-    @property
-    def queries_in_smem(self) -> bool:
-        """Whether registers are needed for other things: rebuilding keys, or many readers' accumulators."""
-        return self.r_k > 0 or (self.wide and self.readers > 1)
-
-    @property
     def ready(self) -> int:
         """Barriers that tell of blocks: a multiple of the warpgroups, so that each always waits for the same ones."""
         return self.stages * (1 if self.stages % self.compute == 0 else self.compute)
@@ -63,12 +50,10 @@ class Shapes:
     def smem_bytes(self) -> int:
         """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
         item = BLOCK_Q * 4 * (self.H + self.aux_width) + 4096
-        if self.queries_in_smem:
-            item += 2 * self.H * BLOCK_Q
         stage = BLOCK_KV * 2 * (2 * self.H + self.readers * (self.r_v + self.r_k))
         if self.r_k:
             rebuilt = self.compute * BLOCK_KV if self.readers > 1 else 0
-            item += 2 * self.H * (rebuilt + self.readers * self.r_k)
+            item += 2 * self.H * (BLOCK_Q + rebuilt + self.readers * self.r_k)
             stage += BLOCK_KV * 2 * self.H
         return item + self.stages * stage
 
@@ -121,12 +106,11 @@ def scratch(s: Shapes, dtype) -> dict:
         "read": plgpu.Barrier(num_barriers=s.stages),
     }
     if s.r_v:
-        apart = tiled(
+        swizzled = tiled(
             s.stages * s.readers, s.pages_per_block, s.r_v, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots
         )
-        together = tiled(s.stages, s.readers * s.r_v, BLOCK_KV, dtype=dtype)
         flat = plgpu.SMEM((s.stages * s.readers, s.r_v * BLOCK_KV), dtype)
-        buffers |= {"low_rank_values": plgpu.RefUnion(together if s.wide else apart, flat), "v_ready": per_reader}
+        buffers |= {"low_rank_values": plgpu.RefUnion(swizzled, flat), "v_ready": per_reader}
     if s.r_k:
         buffers |= {
             "rope_smem": tiled(s.stages, BLOCK_KV, s.H, dtype=jnp.float16, swizzle=swizzle),
@@ -134,9 +118,9 @@ def scratch(s: Shapes, dtype) -> dict:
             "k_ready": per_reader,
             "b_smem": tiled(s.readers, s.r_k, s.H, dtype=dtype, swizzle=32),
             "b_ready": plgpu.Barrier(num_barriers=s.readers),
+            "q_tiled": tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle),
+            "q_tiled_ready": plgpu.Barrier(),
         }
         if s.readers > 1:
             buffers["own_k"] = tiled(s.compute, BLOCK_KV, s.H, dtype=dtype, swizzle=swizzle)
-    if s.queries_in_smem:
-        buffers |= {"q_tiled": tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle), "q_tiled_ready": plgpu.Barrier()}
     return buffers

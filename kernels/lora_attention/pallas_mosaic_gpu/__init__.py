@@ -8,6 +8,9 @@ from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTab
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode as decode_kernels
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill as prefill_kernel
 
+# Traced and lowered once for all layers of a model.
+attend_many = jax.jit(prefill_kernel.prefill, static_argnames=("sm_scale", "return_lse", "block_sizes", "interpret"))
+
 MAX_DECODE_ROWS = 256  # (row, token) pairs, and query rows per kv head and sequence, that go through `decode`
 
 
@@ -54,7 +57,7 @@ def lora_attention(
         few = decodes(B, T, N // base.shape[1])
     else:
         few = isinstance(block_sizes, decode_kernels.BlockSizes)
-    attend = decode_kernels.decode if few else prefill_kernel.prefill
+    attend = decode_kernels.decode if few else attend_many
     return attend(
         q, base, low_rank, lora_b, page_table, adapter_ids, rope_inv_freq=rope_inv_freq, sm_scale=sm_scale,
         return_lse=return_lse, block_sizes=block_sizes, interpret=is_interpreted(),

@@ -16,9 +16,9 @@ p = 8
 def make(table, q_starts, kv_lens, adapter_ids=None, low_rank=None, T=1, **sizes) -> DecodePlan:
     """The plan as numpy arrays, after `check` has seen it."""
     sizes = PlanSizes(**{"rows_per_item": 4, "pages_per_block": 1, "programs": 16, "heads": 2} | sizes)
-    arrays = [None if x is None else jnp.asarray(x, jnp.int32) for x in (table, low_rank, q_starts, kv_lens)]
-    ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
-    plan = jax.tree.map(np.asarray, plan_decode(PageTable(*arrays), ids, T=T, page_size=p, sizes=sizes))
+    base, starts, lens = (jnp.asarray(x, jnp.int32) for x in (table, q_starts, kv_lens))
+    low, ids = (None if x is None else jnp.asarray(x, jnp.int32) for x in (low_rank, adapter_ids))
+    plan = jax.tree.map(np.asarray, plan_decode(PageTable(base, low, starts, lens), ids, T=T, page_size=p, sizes=sizes))
     check(plan, np.asarray(table), np.asarray(q_starts), np.asarray(kv_lens), adapter_ids, low_rank, T, sizes)
     return plan
 
@@ -75,8 +75,8 @@ def test_agents_of_one_trajectory_read_it_once():
     plan = make(np.tile(np.arange(64), (4, 1)), [500] * 4, [501] * 4, [1, 2, 3, 4], np.tile(np.arange(64), (4, 1)))
     assert pages_read(plan) == 63
     used = plan.pages[:, 0] < plan.pages[:, 1]
-    assert (plan.readers[used] == 0).all()
-    assert (plan.expanders[used] == [0, 1, 2, 3]).all()
+    assert np.all(plan.readers[used] == 0)
+    assert np.all(plan.expanders[used] == [0, 1, 2, 3])
 
 
 def test_private_tails_follow_a_shared_prefix():
@@ -103,8 +103,8 @@ def test_agents_with_their_own_low_rank_pages_are_told_apart():
     low_rank[2] = low_rank[0]
     plan = make(np.tile(np.arange(16), (4, 1)), [127] * 4, [128] * 4, [1, 2, 3, 0], low_rank)
     used = plan.pages[:, 0] < plan.pages[:, 1]
-    assert (plan.readers[used] == [0, 1, 0, -1]).all()
-    assert (plan.expanders[used] == [0, 1, 2, -1]).all()
+    assert np.all(plan.readers[used] == [0, 1, 0, -1])
+    assert np.all(plan.expanders[used] == [0, 1, 2, -1])
 
 
 def test_low_rank_pages_that_part_in_the_middle_are_told_apart_where_they_do():

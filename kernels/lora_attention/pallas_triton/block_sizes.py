@@ -77,7 +77,8 @@ def heuristic(
             if needs <= shared_memory and small:
                 break
         return dataclasses.replace(sizes, block_kv=min(sizes.block_kv, 8 * p))
-    rows = min(pl.next_power_of_2(B * T), max(1, MAX_TILE_ROWS // G))
+    # Triton's tiles have powers of two for sides: so must the rows of an item, each of a padded G.
+    rows = min(pl.next_power_of_2(B * T), max(1, MAX_TILE_ROWS // pl.next_power_of_2(G)))
     if r_v:
         rows = min(rows, max(1, MAX_READER_LANES // padded(r_v)))
         lanes += padded(r_v) * (rows - 1)

@@ -16,7 +16,7 @@ from lragent_jax.sharing import SHARING_MODES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FOLDERS = ("kernels/lora_attention", "models", "lragent_jax", "lragent_jax/cli", "scripts")
+FOLDERS = ("kernels", "kernels/lora_attention", "models", "lragent_jax", "lragent_jax/cli", "scripts")
 
 
 def code_block(start: str) -> str:

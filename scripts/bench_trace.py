@@ -25,6 +25,7 @@ from rich.table import Table
 
 from lragent_jax import generation
 from lragent_jax.engine import Engine
+from lragent_jax.measure.timing import DeviceSpeed, measure_device
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.sampling import sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
@@ -61,30 +62,7 @@ def run_trace(engine: Engine, calls: list[tuple[str, int, int]]) -> dict[str, fl
     }
 
 
-def measure_device() -> dict[str, float]:
-    """Copy bandwidth (bytes read plus written per second) and bf16 matmul FLOP per second."""
-    small = jax.default_backend() == "cpu"
-    pool = jnp.ones((2**26 if small else 2**30,), jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)  # one read, one write
-    n = 1024 if small else 8192
-    matrix = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
-    matmul = jax.jit(lambda x: x @ x)
-
-    def seconds(f, x) -> float:
-        result = jax.block_until_ready(f(x))
-        started = time.perf_counter()
-        for _ in range(10):
-            result = f(x)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - started) / 10
-
-    return {
-        "bytes_per_s": 2 * pool.nbytes / seconds(copy, pool),
-        "flop_per_s": 2 * n**3 / seconds(matmul, matrix),
-    }
-
-
-def floors(config: LlamaConfig, params, result: dict, device: dict[str, float]) -> dict[str, float]:
+def floors(config: LlamaConfig, params, result: dict, device: DeviceSpeed) -> dict[str, float]:
     """The least time that the work of a mode can take: prefill by FLOP, a decode step by bytes at half the context."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     linear = config.num_layers * sum(a * b for a, b in config.projection_shapes().values())
@@ -93,8 +71,8 @@ def floors(config: LlamaConfig, params, result: dict, device: dict[str, float]) 
     embedding = 0 if config.tied_embeddings else config.vocab_size * config.width * 2  # one row of it is read
     kv = config.base_cache_bytes_per_token(2) * mean_context
     return {
-        "ttft_floor_s": result["prefilled_tokens"] * per_token / device["flop_per_s"],
-        "decode_floor_ms": 1e3 * (weights - embedding + kv) / device["bytes_per_s"],
+        "ttft_floor_s": result["prefilled_tokens"] * per_token / device.flop_per_s,
+        "decode_floor_ms": 1e3 * (weights - embedding + kv) / device.bytes_per_s,
     }
 
 
@@ -136,8 +114,8 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     device = measure_device()
-    say(f"{jax.devices()[0].device_kind}: {device['bytes_per_s'] / 1e9:.0f} GB/s, "
-        f"{device['flop_per_s'] / 1e9:.0f} GFLOP/s")  # fmt: skip
+    say(f"{jax.devices()[0].device_kind}: {device.bytes_per_s / 1e9:.0f} GB/s, "
+        f"{device.flop_per_s / 1e9:.0f} GFLOP/s")  # fmt: skip
     started = time.perf_counter()
     first = Engine.from_preset(
         arguments.preset, rank=arguments.rank, dtype=arguments.dtype, sharing="full", page_size=8, num_pages=1
@@ -170,7 +148,7 @@ def main() -> None:
         )  # fmt: skip
     Console(width=120).print(table)
     print(json.dumps({"device": jax.devices()[0].device_kind, "preset": arguments.preset, "total_tokens": total,
-                      **device, "modes": results}))  # fmt: skip
+                      **device._asdict(), "modes": results}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ def refuse(q: Array, base: Array, low_rank: LowRank | None) -> None:
         raise NotImplementedError(f"rank {r_v} of values: a multiple of 8 up to 64 fits its tiles")
     if r_k % 16 or r_k > 64:
         raise NotImplementedError(f"rank {r_k} of keys: a multiple of 16 up to 64 fits its tiles")
-    if jax.default_backend() == "gpu" and float(jax.devices("gpu")[0].compute_capability) < 9.0:
-        raise NotImplementedError("the GPU is older than Hopper")
+    if jax.default_backend() == "gpu":
+        capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
+        if not capability[0].isdigit() or float(capability) < 9.0:
+            raise NotImplementedError(f"compute capability {capability}: it is written for NVIDIA Hopper and newer")
 
 
 def lora_attention(

@@ -100,5 +100,8 @@ def heuristic(
 
 def shared_memory() -> int:
     """Bytes that a program may have on the device that JAX uses; an H100's where that is no GPU."""
-    capability = float(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    name = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if not name[0].isdigit():  # AMD's local memory
+        return 64 * 1024
+    capability = float(name)
     return SHARED_MEMORY.get(capability, 99 * 1024 if capability >= 12 else max(SHARED_MEMORY.values()))

@@ -1,10 +1,15 @@
-"""The Mosaic GPU implementation against the contract, on a Hopper GPU or newer."""
+"""The Mosaic GPU implementation against the contract: on a Hopper GPU or newer, and some of it interpreted anywhere."""
 
 import dataclasses
+import os
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
-from attention_contract import AttentionContract, Case
+from attention_contract import BY_NAME, AttentionContract, Case, arguments, check, make_inputs, oracle
+
+from lragent_jax.kernels.interpret import interpreted
+from lragent_jax.kernels.lora_attention import lora_attention
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of the Hopper generation or newer")
@@ -39,3 +44,17 @@ class TestPagesOf128(AttentionContract):
 
     def adapt(self, case):
         return to_kernel(case, p=128, H=128)
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
+    reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
+)
+@pytest.mark.parametrize(("name", "p"), [("decode, agents on one prefix", 32), ("low-rank keys", 64)])
+def test_decode_interpreted_equals_the_oracle_without_races(name, p, capsys):
+    case = to_kernel(BY_NAME[name], p=p, H=64)
+    args, keywords = arguments(make_inputs(case))
+    with interpreted():
+        got = lora_attention(*args, **keywords, return_lse=True, implementation="pallas_mosaic_gpu")
+    check(case, got, oracle(make_inputs(case)))
+    assert "RACE" not in capsys.readouterr().out

@@ -119,7 +119,7 @@ def merge(
         aux_lane=aux_lane,
         return_lse=return_lse,
     )
-    body.__name__ = f"lora_attention_merge_r{r}"
+    body.__name__ = f"lora_decode_merge_r{r}"
     o, *lse = plgpu.kernel(
         body,
         out_type=out,

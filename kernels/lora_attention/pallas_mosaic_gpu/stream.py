@@ -144,6 +144,7 @@ def stream(
         stream_kernel(refs, s)
 
     rows = q.shape[0]
+    body.__name__ = f"lora_decode_stream_r{s.r_v}_k{s.r_k}_rows{s.R}_stages{s.stages}"
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, parts, s.K, s.G, s.record), jnp.float32),

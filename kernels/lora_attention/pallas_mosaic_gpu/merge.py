@@ -23,7 +23,7 @@ def strided(width: int):
     return plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
 
 
-def joined(partial, num_parts, H: int, r: int, aux_lane: int):
+def joined(partial, num_parts, r: int, aux_lane: int):
     """(o [width] and its low-rank lanes [128], both not normalised, m, l) of `num_parts` records at `partial[j]`."""
     width = aux_lane
 
@@ -51,7 +51,7 @@ def joined(partial, num_parts, H: int, r: int, aux_lane: int):
     return lax.fori_loop(0, (num_parts + BATCH - 1) // BATCH, batch, start)
 
 
-def merge_kernel(*refs, T: int, G: int, H: int, r: int, num_adapters: int | None, aux_lane: int, return_lse: bool):
+def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_lane: int, return_lse: bool):
     refs = list(refs)
     num_parts, partial = refs.pop(0), refs.pop(0)
     ids = refs.pop(0) if num_adapters else None
@@ -61,7 +61,7 @@ def merge_kernel(*refs, T: int, G: int, H: int, r: int, num_adapters: int | None
     row, n = lax.axis_index("row"), lax.axis_index("n")
     k, g = n // G, n % G
     parts = num_parts[row]
-    o, aux, m, sums = joined(partial.at[row, :, k, g], parts, H, r, aux_lane)
+    o, aux, m, sums = joined(partial.at[row, :, k, g], parts, r, aux_lane)
     adapter = None if ids is None else ids[row // T]
     if adapter is not None and lora_b is not None:
         (aux_smem,) = refs
@@ -113,7 +113,6 @@ def merge(
         merge_kernel,
         T=1 if adapter_ids is None else M // adapter_ids.shape[0],
         G=G,
-        H=H,
         r=r,
         num_adapters=num_adapters,
         aux_lane=aux_lane,

@@ -42,6 +42,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     this_tile,
 )
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_feed import expand_keys, feed
+from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
 
@@ -169,7 +170,7 @@ def attend_block(
     if cfg.r_v:
         values.append(smem.low_rank_v.at[slot].transpose((1, 0)))
     terms = [(acc, ((probs, v),)) for acc, v in zip(accumulators, values, strict=True)]
-    # The small product first: measured 5 % faster than the other order at r = 16.
+    # The small product first: the faster order where it was timed, at r = 16.
     *o_lr, o = multiply_add(cfg, terms[::-1], meanwhile=await_next)
     plgpu.barrier_arrive(barriers.v_free.at[slot])
     return Softmax(o, o_lr[0] if o_lr else None, m, sums)
@@ -259,7 +260,8 @@ def prefill(
     B, T, N, H = q.shape
     P, K, p = base.shape[:3]
     r_v, r_k = (0 if pool is None else pool.shape[1] for pool in low_rank or LowRank(None))
-    blocks = block_sizes or heuristic(H, r_v, r_k)
+    tuned = None if block_sizes else tuned_block_sizes("pallas_mosaic_gpu", "prefill", BlockSizes, q, base, low_rank)
+    blocks = block_sizes or tuned or heuristic(H, r_v, r_k)
     refuse_unsupported(q, base, low_rank, sm_scale, blocks)
 
     tiles = -(-T // TILE_Q)

@@ -51,8 +51,13 @@ def expand(low_rank: Float[Array, "B T r"], lora_b: Float[Array, "B r out_width"
 def lora_delta(
     x: Float[Array, "B T in_width"],
     pair: LoraPair,
-    group_of: Int[Array, " A"],
-    adapter_ids: Int[Array, " B"],
+    group_of: Int[Array, " A"] | None,
+    adapter_ids: Int[Array, " B"] | None,
 ) -> Float[Array, "B T out_width"]:
-    """What the rows' adapters add to a projection of x: s (x A) B (LoRA, arXiv 2106.09685)."""
+    """What the rows' adapters add to a projection of x: s (x A) B (LoRA, arXiv 2106.09685).
+
+    Without `adapter_ids` the only adapter of `pair` (A = g = 1) is every row's, and not copied for each.
+    """
+    if group_of is None or adapter_ids is None:
+        return jnp.einsum("btr,ro->bto", jnp.einsum("btd,dr->btr", x, pair.lora_a[0]), pair.lora_b[0])
     return expand(shrink(x, pair.lora_a[group_of[adapter_ids]]), pair.lora_b[adapter_ids])

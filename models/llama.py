@@ -4,17 +4,20 @@
 shardings and checkpoints fill in. Caches, page tables and adapters are pytrees that go in and come out.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.packed_rows import PackedRows, attend_packed
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
 from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE, per_shard, sum_over_shards
@@ -22,17 +25,20 @@ from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE
 
 @pytree
 class LayerAdapters:
-    """One layer's share of the adapter bank, and which adapter each row of the batch runs."""
+    """One layer's share of the adapter bank, and which adapter each row of the batch runs.
+
+    Without `adapter_ids` all rows run the only adapter there is.
+    """
 
     pairs: dict[str, LoraPair]
     group_of: dict[str, Int[Array, " A"]]
-    adapter_ids: Int[Array, " B"]
+    adapter_ids: Int[Array, " B"] | None
 
     def delta(self, target: str, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"] | float:
         """What the adapters add to projection `target`; plain 0 where none adapts it."""
         if target not in self.pairs:
             return 0.0
-        return lora_delta(x, self.pairs[target], self.group_of[target], self.adapter_ids)
+        return lora_delta(x, self.pairs[target], self.group_of.get(target), self.adapter_ids)
 
     def low_rank(self, target: str, x: Float[Array, "B T D"], group_ids: Int[Array, "g B"]) -> Float[Array, "g B T r"]:
         """X A of every A-group a row writes."""
@@ -120,6 +126,18 @@ class Attention(nnx.Module):
         ).reshape(*x.shape[:2], -1)
         return self.o(attended, "o", adapters), cache
 
+    def packed(
+        self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],
+        implementation: str | None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """The same over packed rows, without a cache."""
+        q, k, v = (
+            self.heads(linear(x) + adapters.delta(target, x))
+            for target, linear in (("q", self.q), ("k", self.k), ("v", self.v))
+        )
+        attended = attend_packed(rotate(q, *rope), rotate(k, *rope), v, mask, implementation)
+        return self.o(attended.reshape(*x.shape[:2], -1), "o", adapters)
+
     def heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads H"]:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
@@ -158,6 +176,11 @@ class Block(nnx.Module):
         attended, cache = self.attention(self.attention_norm(x), cache, adapters, *args, **kwargs)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x), adapters), cache
+
+    def packed(self, x: Float[Array, "B T D"], adapters: LayerAdapters, *args) -> Float[Array, "B T D"]:
+        """The same over packed rows, without a cache."""
+        x = x + self.attention.packed(self.attention_norm(x), adapters, *args)
+        return x + self.mlp(self.mlp_norm(x), adapters)
 
 
 class Llama(nnx.Module):
@@ -202,8 +225,9 @@ class Llama(nnx.Module):
             )
             adapters = LayerAdapters(pairs=bank.layers[i], group_of=bank.group_of, adapter_ids=adapter_ids)
             x, cache = block(
-                x, cache, adapters, table, rope, inv_freq, write_base=write_base, implementation=implementation
-            )
+                x, cache, adapters, table.of_layer(i), rope, inv_freq,
+                write_base=write_base, implementation=implementation,
+            )  # fmt: skip
             written.append(cache)
         base_cache = BaseCache(kv=tuple(cache.kv for cache in written))
         low_rank_cache = LowRankCache(
@@ -211,6 +235,29 @@ class Llama(nnx.Module):
             k=None if low_rank_cache.k is None else tuple(cache.low_rank_k for cache in written),
         )
         return self.norm(x), base_cache, low_rank_cache
+
+    def packed(
+        self,
+        rows: PackedRows,
+        pairs: tuple[dict[str, LoraPair], ...],
+        *,
+        saveable: Callable[..., bool] | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Runs whole sequences without caches, several to a row, for training: differentiable in `pairs`.
+
+        `pairs` are, per layer, one adapter's matrices by target, with A = g = 1. A backward pass keeps the input of
+        every block and what `saveable` allows (see `jax.checkpoint_policies`), and computes the rest once more.
+        `implementation` is that of `attend_packed`. Returns normalised hidden states in the parameters' dtype.
+        """
+        rope = rotation(rows.positions, inverse_frequencies(self.config))
+        mask = rows.mask()
+        x = self.embed[...][rows.tokens]
+        for block, of_layer in zip(self.layers, pairs, strict=True):
+            adapters = LayerAdapters(pairs=of_layer, group_of={}, adapter_ids=None)
+            run = jax.checkpoint(block.packed, policy=saveable, static_argnums=(4,))
+            x = run(x, adapters, rope, mask, implementation)
+        return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*positions D"]) -> Float[Array, "*positions V"]:
         """Scores over the vocabulary, f32."""

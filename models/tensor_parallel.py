@@ -32,10 +32,13 @@ def is_sharded() -> bool:
 
 
 def per_shard(function: Callable, in_specs: tuple[Any, ...], out_specs: Any) -> Callable:
-    """`function` of the shards of its arguments; `function` itself where nothing is sharded."""
+    """`function` of the shards of its arguments; `function` itself where nothing is sharded.
+
+    Other axes of the mesh stay XLA's: training cuts the batch along one.
+    """
     if not is_sharded():
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False)
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:

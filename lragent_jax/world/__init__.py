@@ -1,0 +1,1 @@
+"""A made-up world: entities, documents about them, tools that find those, and questions that only they can answer."""

@@ -1,0 +1,130 @@
+"""Training examples: for each agent, what it reads and what it should write."""
+
+import bisect
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from lragent_jax.models.errors import InputError
+from lragent_jax.react import ROLES
+from lragent_jax.world.names import Split
+from lragent_jax.world.oracle import MISTAKES, Mistake, play
+from lragent_jax.world.padding import DEFAULT_LAYOUT, CountTokens, Layout, Padding, pad
+from lragent_jax.world.question import Question, make_questions
+from lragent_jax.world.transcript import Piece, text_of
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthBand:
+    """`share` of trajectories has a length drawn evenly from [low, high] tokens."""
+
+    share: float
+    low: int
+    high: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """What a training set is made of: lengths in tokens, and how often the oracle makes a mistake.
+
+    By default 45 % of trajectories have 400 to 800 tokens, 35 % 800 to 1 500, 12 % 1 500 to 3 500 and 8 % 3 500 to
+    7 500 (1 400 on average); 1, 2 and 3 hops come in turn; 40 % of episodes hold a mistake, of five kinds in equal
+    parts.
+    """
+
+    lengths: tuple[LengthBand, ...] = (
+        LengthBand(0.45, 400, 800),
+        LengthBand(0.35, 800, 1500),
+        LengthBand(0.12, 1500, 3500),
+        LengthBand(0.08, 3500, 7500),
+    )
+    mistakes_share: float = 0.4
+    layout: Layout = DEFAULT_LAYOUT
+
+    @classmethod
+    def of_length(cls, num_tokens: int) -> "Mix":
+        """One length for all."""
+        return cls(lengths=(LengthBand(1.0, num_tokens, num_tokens),))
+
+    def draw(self, question: Question) -> tuple[int, Mistake | None]:
+        """The length and the mistake of one trajectory."""
+        rng = question.rng("mix")
+        edges = list(itertools.accumulate(band.share for band in self.lengths))
+        band = self.lengths[bisect.bisect(edges[:-1], rng.random() * edges[-1])]
+        mistake = rng.choice(MISTAKES) if rng.random() < self.mistakes_share else None
+        return rng.randint(band.low, band.high), mistake
+
+
+DEFAULT_MIX = Mix()
+
+
+def padding_for(
+    question: Question,
+    num_tokens: int | None,
+    count_tokens: CountTokens,
+    layout: Layout = DEFAULT_LAYOUT,
+    mistake: Mistake | None = None,
+) -> Padding:
+    """What brings the question's episode, as the oracle plays it, to `num_tokens` tokens; None adds nothing."""
+    if num_tokens is None:
+        return Padding()
+    return pad(question, num_tokens - count_tokens(text_of(play(question, mistake=mistake))), count_tokens, layout)
+
+
+def trajectory(question: Question, count_tokens: CountTokens, mix: Mix = DEFAULT_MIX) -> list[Piece]:
+    """The question's episode as training sees it."""
+    num_tokens, mistake = mix.draw(question)
+    return play(question, padding_for(question, num_tokens, count_tokens, mix.layout, mistake), mistake)
+
+
+def write_examples(
+    folder: Path,
+    split: Split,
+    num_questions: int,
+    seed: int,
+    count_tokens: CountTokens,
+    mix: Mix = DEFAULT_MIX,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, int]:
+    """Writes plan.jsonl, action.jsonl and reflect.jsonl, lines of `input` and `output`, and questions.jsonl.
+
+    Lines of one trajectory follow one another, and where an agent speaks again its line's input begins with the one
+    before, input and output. Returns the number of lines of each file. Raises `InputError` for arguments that make no
+    set and a folder that cannot be written.
+    """
+    if num_questions < 1:
+        raise InputError(f"a set needs at least one question, not {num_questions}")
+    numbers: dict[str, int] = dict.fromkeys((*ROLES, "questions"), 0)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = {name: stack.enter_context((folder / f"{name}.jsonl").open("w")) for name in numbers}
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written to: {error}") from error
+        for question in make_questions(split, num_questions, seed):
+            if progress and question.number % _QUESTIONS_PER_REPORT == 0:
+                progress(question.number, num_questions, f"trajectories of {split}")
+            for role, line in _lines(trajectory(question, count_tokens, mix)):
+                files[role].write(line)
+                numbers[role] += 1
+            files["questions"].write(f"{json.dumps(dataclasses.asdict(question))}\n")
+            numbers["questions"] += 1
+    if progress:
+        progress(num_questions, num_questions, f"trajectories of {split}")
+    return numbers
+
+
+_QUESTIONS_PER_REPORT = 100
+
+
+def _lines(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
+    """Role and JSON line of every output that is to be learnt."""
+    inside = ""  # the text so far, as it stands inside JSON's quotes: escaped piece by piece, for it only grows
+    for piece in pieces:
+        escaped = json.dumps(piece.text)[1:-1]
+        if piece.role is not None and piece.taught:
+            yield piece.role, f'{{"input": "{inside}", "output": "{escaped}"}}\n'
+        inside += escaped

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lragent_jax.device_jit import DeviceJit
 from lragent_jax.models.adapter_bank import AdapterBank
 from lragent_jax.models.cache_view import BaseCache, HostOrDevice, LowRankCache, PageTable
 from lragent_jax.models.llama import Llama, Params
@@ -94,7 +95,7 @@ def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Decode
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "block", "implementation"), donate_argnames=("cache",))
+@functools.partial(DeviceJit, static_argnames=("graphdef", "block", "implementation"), donate_argnames=("cache",))
 def decode(
     graphdef: nnx.GraphDef,
     params: Params,

@@ -1,0 +1,44 @@
+"""`jax.jit` for loops over weights, with the compiler options that a kind of device needs for them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+    # Left alone, the compiler gives what a loop reads tiles of 16 x 128, where arguments have 8 x 128: a copy of all
+    # weights in front of the loop, in every call. It expects the loop itself to take as long with either.
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
+}
+"""By the name that JAX has for a kind of device; a compiler refuses the options of another."""
+
+
+class DeviceJit:
+    """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for."""
+
+    def __init__(self, function: Callable, **jit_options):
+        functools.update_wrapper(self, function)
+        self._by_kind = {
+            kind: jax.jit(function, compiler_options=options, **jit_options)
+            for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
+        }
+
+    def _jitted(self) -> Any:
+        return self._by_kind.get(device_kind(), self._by_kind[None])
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._jitted()(*args, **kwargs)
+
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        return self._jitted().lower(*args, **kwargs)
+
+
+def device_kind() -> str:
+    """That of the current mesh's devices; without one, of the device where JAX puts work of its own accord."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.device_kind
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return device.device_kind

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lragent_jax.cli import convert, demo, generate, info, replay, world
+from lragent_jax.cli import convert, demo, generate, info, replay, train, world
 from lragent_jax.cli.console import stderr
 from lragent_jax.models.errors import LRAgentError
 
@@ -31,5 +31,5 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (replay.replay, generate.generate, convert.convert, info.info, demo.demo, world.world):
+for command in (replay.replay, generate.generate, convert.convert, info.info, demo.demo, train.train, world.world):
     app.command()(command)

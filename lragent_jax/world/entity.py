@@ -32,3 +32,8 @@ class Entity:
     @property
     def object_form(self) -> str:
         return _OBJECT[self.pronoun]
+
+
+def normalised(text: str) -> str:
+    """A key without what case and spaces can differ in."""
+    return " ".join(text.split()).casefold()

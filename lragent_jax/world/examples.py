@@ -14,7 +14,7 @@ from lragent_jax.world.names import Split
 from lragent_jax.world.oracle import MISTAKES, Mistake, play
 from lragent_jax.world.padding import DEFAULT_LAYOUT, CountTokens, Layout, Padding, pad
 from lragent_jax.world.question import Question, make_questions
-from lragent_jax.world.transcript import Piece, text_of
+from lragent_jax.world.transcript import Piece, text_of, tool_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,10 @@ def padding_for(
     """What brings the question's episode, as the oracle plays it, to `num_tokens` tokens; None adds nothing."""
     if num_tokens is None:
         return Padding()
-    return pad(question, num_tokens - count_tokens(text_of(play(question, mistake=mistake))), count_tokens, layout)
+    pieces = play(question, mistake=mistake)
+    num_searches = sum(piece.text == tool_name("Search") for piece in pieces)
+    num_finds = min(num_searches, question.num_hops)  # one of more misses
+    return pad(question, num_tokens - count_tokens(text_of(pieces)), count_tokens, layout, num_finds)
 
 
 def trajectory(question: Question, count_tokens: CountTokens, mix: Mix = DEFAULT_MIX) -> list[Piece]:

@@ -76,9 +76,10 @@ def name_pool(split: Split) -> NamePool:
 
 
 def _stems() -> list[str]:
-    """Words none of which begins another one."""
+    """Words none of which is a part of another one, or of a word that names are made with."""
     words = sorted({head + tail for head in _HEADS for tail in _TAILS if head[-2:] != 2 * tail[0]} - set(_COMMON))
-    return [word for word, following in zip(words, [*words[1:], ""], strict=True) if not following.startswith(word)]
+    text = " ".join([*words, *_WOMEN, *_MEN, *_ADJECTIVES, *_NOUNS]).casefold()
+    return [word for word in words if text.count(word.casefold()) == 1]
 
 
 def _share(words: list[str], split: Split) -> tuple[str, ...]:

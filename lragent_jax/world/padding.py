@@ -44,17 +44,24 @@ NO_PADDING = Padding()
 DEFAULT_LAYOUT = Layout()
 
 
-def pad(question: Question, num_tokens: int, count_tokens: CountTokens, layout: Layout = DEFAULT_LAYOUT) -> Padding:
+def pad(
+    question: Question,
+    num_tokens: int,
+    count_tokens: CountTokens,
+    layout: Layout = DEFAULT_LAYOUT,
+    num_results: int | None = None,
+) -> Padding:
     """Up to `num_tokens` tokens of paragraphs about entities that the question does not lead past.
 
-    Falls short by less than one paragraph, unless all of the world is in already.
+    `num_results`: the finds of the episode, one for every hop unless it stops early. Falls short by less than one
+    paragraph, unless all of the world is in already.
     """
     rng = question.rng("padding")
     there = question.world
     keys = [key for key in there.entities if key not in question.path]
     rng.shuffle(keys)
     notes: list[str] = []
-    results = [([], []) for _ in question.relations]
+    results = [([], []) for _ in range(question.num_hops if num_results is None else num_results)]
     misses = 0
     for key in keys:
         text = there.document(key).shown

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Literal
 
-from lragent_jax.world.entity import Entity
+from lragent_jax.world.entity import Entity, normalised
 from lragent_jax.world.padding import Surroundings
 from lragent_jax.world.relations import BY_NAME, KINDS
 from lragent_jax.world.world import World
@@ -23,13 +23,13 @@ class Tools:
 
     def search(self, argument: str) -> str:
         """The paragraph on an entity, found by `kind: name`, among others as the episode has it."""
-        found = {normalised(key): key for key in self._world.entities}.get(normalised(argument))
+        found = self._world.find(argument)
         if found is None:
             return f"Could not find {one_line(argument)}. Similar: {', '.join(self._similar(argument))}."
         around = self._results[self._num_found] if self._num_found < len(self._results) else Surroundings()
         self._num_found += 1
-        self._last = self._world.entities[found]
-        return "\n".join((*around.before, self._world.document(found).shown, *around.after))
+        self._last = found
+        return "\n".join((*around.before, self._world.document(found.key).shown, *around.after))
 
     def lookup(self, argument: str) -> str:
         """The sentence about a relation in the paragraph that Search found last, shown or not."""
@@ -54,11 +54,6 @@ def is_call(tool: Tool, argument: str) -> bool:
         return normalised(argument) in BY_NAME
     kind, colon, name = argument.partition(":")
     return bool(colon) and normalised(kind) in KINDS and bool(name.strip())
-
-
-def normalised(text: str) -> str:
-    """Without what case and spaces can differ in."""
-    return " ".join(text.split()).casefold()
 
 
 def one_line(text: str) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from lragent_jax.react import Role
-from lragent_jax.world.tools import TOOLS, Tool, normalised
+from lragent_jax.world.entity import normalised
+from lragent_jax.world.tools import TOOLS, Tool
 
 INSTRUCTION = (
     "Answer the question in steps of Thought, Action and Observation. Three agents share this text: plan writes the "
@@ -110,7 +111,7 @@ def verdict_wrong(reason: str) -> str:
 def read_tool(output: str) -> Tool | None:
     """The tool that an output names, None for an output that is not a tool's name and a bracket."""
     name, bracket, _ = output.partition(TOOL_STOP)
-    return next((tool for tool in TOOLS if bracket and name.strip() == tool), None)
+    return next((tool for tool in TOOLS if bracket and name.strip(" ") == tool), None)
 
 
 def read_argument(output: str) -> str | None:

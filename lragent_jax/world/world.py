@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from lragent_jax.world.document import Document, write_document
-from lragent_jax.world.entity import Entity, Pronoun
+from lragent_jax.world.entity import Entity, Pronoun, normalised
 from lragent_jax.world.names import NamePool, Split, name_pool
 from lragent_jax.world.relations import KINDS, Kind, relations_of
 
@@ -47,6 +47,7 @@ class World:
         entities = list(_entities(name_pool(split), rng))
         self.entities: dict[str, Entity] = {entity.key: entity for entity in entities}
         self.by_kind: dict[Kind, list[Entity]] = {kind: [e for e in entities if e.kind == kind] for kind in KINDS}
+        self._by_normalised_key = {normalised(entity.key): entity for entity in entities}
         self._relate(rng)
         names = {entity.key: entity.name for entity in entities}
         self._documents: dict[str, Document] = {
@@ -54,7 +55,12 @@ class World:
         }
 
     def document(self, key: str) -> Document:
+        """What is written about an entity."""
         return self._documents[key]
+
+    def find(self, key: str) -> Entity | None:
+        """The entity of this key, whatever its case and spaces."""
+        return self._by_normalised_key.get(normalised(key))
 
     def _relate(self, rng: random.Random) -> None:
         for entity in self.entities.values():

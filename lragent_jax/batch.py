@@ -66,7 +66,7 @@ class Batch:
             token_ids=list(generated.token_ids),
             finish_reason=generated.finish_reason,
             num_prefilled_tokens=row.num_prefilled_tokens,
-            num_cached_tokens=len(row.trajectory) - row.num_prefilled_tokens,
+            num_cached_tokens=row.num_cached_tokens,
             ttft_s=self.ttft_s,
             latency_s=time.perf_counter() - self.started,
         )

@@ -19,17 +19,31 @@ class Chunk:
     def num_tokens(self) -> int:
         return self.stop - self.start
 
+    @property
+    def writes(self) -> bool:
+        return any(position < self.stop for position in self.write_from)
+
+    def query(self) -> "Chunk":
+        """The same tokens once more, to write nothing."""
+        return dataclasses.replace(self, write_from=(self.stop,) * len(self.write_from))
+
 
 def plan_chunks(
-    length: int, required: Sequence[PageRun], written: Sequence[PageRun], buckets: Sequence[int]
+    length: int,
+    required: Sequence[PageRun],
+    written: Sequence[PageRun],
+    buckets: Sequence[int],
+    *,
+    read_apart: bool = False,
 ) -> list[Chunk]:
     """The chunks after which all `required` runs hold tokens [0, length) and the last token's logits are known.
 
     A slot is written once: in each chunk what a written run lacks is a suffix, which one position describes. If
-    nothing lacks the last token, it runs again as a query that writes nothing.
+    nothing lacks the last token, it runs again as a query that writes nothing. With `read_apart` it does so in any
+    case, in a chunk of its own.
     """
     gaps = _union([gap for run in required for gap in run.missing(length)])
-    if not gaps or gaps[-1][1] < length:
+    if not read_apart and (not gaps or gaps[-1][1] < length):
         gaps.append((length - 1, length))
     borders = sorted({stop for run in written for _, stop in run.missing(length)})  # written again from here on
     chunks = []
@@ -38,6 +52,8 @@ def plan_chunks(
         for piece_start, piece_stop in itertools.pairwise(cuts):
             for a, b in _split(piece_start, piece_stop, buckets):
                 chunks.append(Chunk(a, b, tuple(_first_missing(run, a, b) for run in written)))
+    if read_apart:
+        chunks.append(Chunk(length - 1, length, (length,) * len(written)))
     return chunks
 
 

@@ -30,7 +30,7 @@ from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
 from lragent_jax.sampling import sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
-from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode
+from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode, layers_to_recompute
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.trajectory import LiveTrajectories, Trajectory
 
@@ -62,8 +62,9 @@ class Engine:
         self._registry = AdapterRegistry(
             config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank
         )
-        page_size = self.options.page_size
+        page_size, chosen = self.options.page_size, self.options.recompute_layers
         assert page_size is not None
+        recomputed_layers = layers_to_recompute(chosen, config.num_layers) if self._sharing.recomputes else ()
         self._cache = PagedCache(
             config,
             dtype,
@@ -71,6 +72,8 @@ class Engine:
             num_pages=self.options.num_pages,
             num_low_rank_pages=self._num_low_rank_pages(),
             low_rank_ranks={} if self._sharing.merged else self._registry.low_rank_ranks,
+            recomputed_layers=recomputed_layers,
+            num_recomputed_pages=self._num_recomputed_pages(),
         )
         self._executor = Executor(
             graphdef,
@@ -105,8 +108,9 @@ class Engine:
         name to a PEFT folder or an Orbax one. `options` are the fields of `EngineOptions`. Raises `CheckpointError`,
         `ConfigError`, `AdapterError` or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
-        wanted, _ = _dtype(dtype), EngineOptions.from_keywords(options)
+        wanted, checked = _dtype(dtype), EngineOptions.from_keywords(options)
         config, tokenizer = read_config(model), load_tokenizer(model)
+        layers_to_recompute(checked.recompute_layers, config.num_layers)
         loaded = {
             name: source if isinstance(source, Adapter) else read_adapter(source, config)
             for name, source in (adapters or {}).items()
@@ -147,9 +151,10 @@ class Engine:
     def with_sharing(self, sharing: SharingMode, **options: Any) -> "Engine":
         """Another engine over the same weights and adapters, with caches of its own; for comparing modes.
 
-        It has this one's options but for those given; its low-rank pool is sized anew.
+        It has this one's options but for those given; its low-rank and recomputed pools are sized anew.
         """
-        options = vars(self.options) | {"num_low_rank_pages": None} | options | {"sharing": sharing}
+        sized_anew = {"num_low_rank_pages": None, "num_recomputed_pages": None}
+        options = vars(self.options) | sized_anew | options | {"sharing": sharing}
         adapters = {name: self._registry.adapter(name) for name in self._registry.names}
         executor = self._executor
         return Engine(self.config, executor.graphdef, executor.params, adapters, tokenizer=self.tokenizer, **options)
@@ -169,8 +174,13 @@ class Engine:
     def dtype(self):
         return self._cache.dtype
 
+    @property
+    def recomputed_layers(self) -> tuple[int, ...]:
+        """The layers whose K and V every agent keeps for itself; empty in every mode but `droidspeak`."""
+        return self._cache.recomputed_layers
+
     def cache_stats(self) -> CacheStats:
-        """Pages and bytes of both caches, in use and free."""
+        """Pages and bytes of all pools, in use and free."""
         with self._exclusive():
             return self._cache.stats()
 
@@ -316,9 +326,14 @@ class Engine:
         owners = {key for adapter in loaded if (key := self._sharing.low_rank_key(adapter)) is not None}
         return self.options.num_low_rank_pages or self.options.num_pages * len(owners)
 
+    def _num_recomputed_pages(self) -> int:
+        """As the options say, or one for every base page and adapter that there is room for."""
+        owners = max(len(self._registry.keys), self.options.max_adapters, 1)
+        return self.options.num_recomputed_pages or self.options.num_pages * owners
+
     def _keys_in_use(self) -> set[PageKey]:
-        adapters = [BASE_MODEL, *self._registry.keys]
-        keys = [key for a in adapters for key in (self._sharing.base_key(a), self._sharing.low_rank_key(a))]
+        rules, adapters = self._sharing, [BASE_MODEL, *self._registry.keys]
+        keys = [key for of in (rules.base_key, rules.recomputed_key, rules.low_rank_key) for key in map(of, adapters)]
         return {key for key in keys if key is not None}
 
     def _generate(self, prompts: list, agents: list, params: list[SamplingParams]) -> list[GenerationOutput]:
@@ -441,7 +456,7 @@ class Engine:
                 trajectory.join(ids)
                 if len(ids) > 1:
                     for chunk in executor.chunks(row, length + len(ids) - 1):
-                        _, hidden = executor.run_chunks([row], [chunk])
+                        hidden = executor.read_chunk(row, chunk)
                         logits.append(np.asarray(executor.unembed(hidden))[0, : chunk.num_tokens])
             except BaseException:
                 trajectory.truncate(length)
@@ -451,7 +466,7 @@ class Engine:
         return ScoreOutput(
             logits=np.concatenate(logits),
             num_prefilled_tokens=row.num_prefilled_tokens,
-            num_cached_tokens=length - row.num_prefilled_tokens,
+            num_cached_tokens=row.num_cached_tokens,
             ttft_s=ttft_s,
         )
 

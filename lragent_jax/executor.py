@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lragent_jax import generation
-from lragent_jax.adapter_registry import AdapterRegistry, LoadedAdapter
+from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.generation import NEVER, DecodeState
-from lragent_jax.models.cache_view import PageTable
+from lragent_jax.models.cache_view import PageTable, RecomputedPages
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
@@ -26,23 +26,45 @@ class Row:
 
     trajectory: Trajectory
     adapter: LoadedAdapter
+    writer: LoadedAdapter  # the adapter, or the empty one of passes that write for all agents
     base_run: PageRun
+    recomputed_run: PageRun | None
     low_rank_runs: list[PageRun]
     group_rows: list[int]  # the bank's A-group of each low-rank run
     reads_low_rank: bool  # whether the first of them is the adapter's own
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
 
     @property
+    def full_rank_runs(self) -> list[PageRun]:
+        return [self.base_run] if self.recomputed_run is None else [self.base_run, self.recomputed_run]
+
+    @property
     def written(self) -> list[PageRun]:
-        return [self.base_run, *self.low_rank_runs]
+        return [*self.full_rank_runs, *self.low_rank_runs]
 
     @property
     def required(self) -> list[PageRun]:
-        return self.written[: 2 if self.reads_low_rank else 1]
+        return [*self.full_rank_runs, *self.low_rank_runs[: int(self.reads_low_rank)]]
+
+    @property
+    def is_read_apart(self) -> bool:
+        """Whether a token that was run to be cached runs again, under the row's adapter, for its logits."""
+        return self.writer is not self.adapter
 
     @property
     def num_prefilled_tokens(self) -> int:
+        """Tokens run, each as often as it was."""
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that were not run."""
+        run = {position for chunk in self.chunks for position in range(chunk.start, chunk.stop)}
+        return self.chunks[-1].stop - len(run)
+
+    def runner(self, chunk: Chunk) -> LoadedAdapter:
+        """Who runs a chunk: the writer if it writes anything, otherwise the row's adapter, as a query."""
+        return self.writer if chunk.writes else self.adapter
 
     def release_unused(self) -> None:
         """Returns the pages that were reserved and not needed."""
@@ -51,7 +73,7 @@ class Row:
 
     def commit(self, start: int, stop: int) -> None:
         for run in self.written:
-            run.commit(start, stop, self.adapter.keys.content)
+            run.commit(start, stop, self.writer.keys.content)
 
 
 class Executor:
@@ -82,10 +104,13 @@ class Executor:
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
         own = self.sharing.low_rank_key(adapter.keys)
         keys = self.sharing.written_low_rank_keys(adapter.keys, self.registry.keys)
+        recomputed = self.sharing.recomputed_key(adapter.keys) if self.cache.recomputed_layers else None
         return Row(
             trajectory=trajectory,
             adapter=adapter,
+            writer=BASE_MODEL_ROW if self.sharing.writes_without_adapter else adapter,
             base_run=trajectory.run(self.sharing.base_key(adapter.keys)),
+            recomputed_run=None if recomputed is None else trajectory.run(recomputed),
             low_rank_runs=[trajectory.run(key) for key in keys],
             group_rows=[self.registry.group_row(key) for key in keys],
             reads_low_rank=own is not None,
@@ -94,7 +119,7 @@ class Executor:
     def plan(self, row: Row, num_new_tokens: int) -> list[Claim]:
         """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens."""
         length = len(row.trajectory)
-        row.chunks = self.chunks(row, length)
+        row.chunks = plan_chunks(length, row.required, row.written, self.prefill_buckets, read_apart=row.is_read_apart)
         claims = [
             Claim(run, write_from, chunk.stop)
             for chunk in row.chunks
@@ -125,21 +150,28 @@ class Executor:
         """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states [B, T, D]."""
         batch = self.batch_size(len(rows))
         num_tokens = bucket_for(max(chunk.num_tokens for chunk in chunks if chunk), self.prefill_buckets)
-        tokens = np.zeros((batch, num_tokens), np.int32)
+        tokens, adapter_ids = np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32)
         table = self._table(rows, batch)
         for b, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             if chunk is None:
                 continue
             tokens[b, : chunk.num_tokens] = row.trajectory.ids_between(chunk.start, chunk.stop)
             table.q_starts[b], table.kv_lens[b] = chunk.start, chunk.stop
-            table.base_write_from[b] = chunk.write_from[0]
-            table.low_rank_write_from[: len(row.low_rank_runs), b] = chunk.write_from[1:]
+            _set_write_from(table, b, row, chunk.write_from)
+            adapter_ids[b] = row.runner(chunk).bank_row
         write_base = any(chunk.write_from[0] < chunk.stop for chunk in chunks if chunk)
-        logits, hidden = self._prefill(tokens, _adapter_ids(rows, batch), table, write_base)
+        logits, hidden = self._prefill(tokens, adapter_ids, table, write_base)
         for row, chunk in zip(rows, chunks, strict=True):
             if chunk is not None:
                 row.commit(chunk.start, chunk.stop)
         return logits, hidden
+
+    def read_chunk(self, row: Row, chunk: Chunk) -> jax.Array:
+        """Runs a chunk of one row; the hidden states [1, T, D] that the row's adapter has there."""
+        _, hidden = self.run_chunks([row], [chunk])
+        if row.is_read_apart:
+            _, hidden = self.run_chunks([row], [chunk.query()])
+        return hidden
 
     def first_token(self, logits: jax.Array, sampling: SamplingArrays) -> DecodeState:
         return generation.first_token(logits, sampling)
@@ -149,8 +181,7 @@ class Executor:
         table = self._table(rows, self.batch_size(len(rows)))
         for b, row in enumerate(rows):
             table.kv_lens[b] = len(row.trajectory)
-            table.base_write_from[b] = 0
-            table.low_rank_write_from[: len(row.low_rank_runs), b] = 0
+            _set_write_from(table, b, row, [0] * len(row.written))
         return table
 
     def decode(
@@ -160,7 +191,8 @@ class Executor:
         out, state, table, self.cache.arrays = generation.decode(
             self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, sampling,
             _adapter_ids(rows, len(table.kv_lens)), table, np.int32(min(num_steps, self.decode_block)),
-            block=self.decode_block, implementation=self.implementation,
+            block=self.decode_block, write_without_adapter=self.sharing.writes_without_adapter,
+            implementation=self.implementation,
         )  # fmt: skip
         return out, state, table
 
@@ -168,9 +200,11 @@ class Executor:
         """The rows' pages, with lengths and write-from positions that run and write nothing yet."""
         width = max((len(run.pages) for row in rows for run in row.written), default=1)
         width = bucket_for(max(width, 1), self.table_widths)
-        table = _blank_table(batch, width, self._num_low_rank_tables(rows))
+        table = self._blank_table(batch, width, self._num_low_rank_tables(rows))
         for b, row in enumerate(rows):
             table.base[b, : len(row.base_run.pages)] = _indices(row.base_run)
+            if table.recomputed is not None and row.recomputed_run is not None:
+                table.recomputed.pages[b, : len(row.recomputed_run.pages)] = _indices(row.recomputed_run)
             for g, run in enumerate(row.low_rank_runs):
                 table.low_rank[g, b, : len(run.pages)] = _indices(run)
                 table.group_ids[g, b] = row.group_rows[g]
@@ -178,7 +212,23 @@ class Executor:
 
     def blank_table(self, batch: int) -> PageTable:
         """A table under which nothing runs, as wide as short contexts need."""
-        return _blank_table(batch, self.table_widths[0], self._num_low_rank_tables([]))
+        return self._blank_table(batch, self.table_widths[0], self._num_low_rank_tables([]))
+
+    def _blank_table(self, batch: int, width: int, num_tables: int) -> PageTable:
+        """Host arrays to fill in; as they are, no row runs or writes anything."""
+        layers = self.cache.recomputed_layers
+        recomputed = RecomputedPages(np.zeros((batch, width), np.int32), np.full(batch, NEVER, np.int32), layers)
+        return PageTable(
+            q_starts=np.zeros(batch, np.int32),
+            kv_lens=np.zeros(batch, np.int32),
+            base=np.zeros((batch, width), np.int32),
+            base_write_from=np.full(batch, NEVER, np.int32),
+            low_rank=np.zeros((num_tables, batch, width), np.int32),
+            low_rank_write_from=np.full((num_tables, batch), NEVER, np.int32),
+            group_ids=np.zeros((num_tables, batch), np.int32),
+            read_slots=np.zeros(batch, np.int32),
+            recomputed=recomputed if layers else None,
+        )
 
     def _num_low_rank_tables(self, rows: Sequence[Row]) -> int:
         """One, or enough for all A-groups: two numbers, so that programs stay few."""
@@ -210,7 +260,7 @@ class Executor:
         for i, ((batch, width, tables), num_tokens, writes) in enumerate(prefills):
             if progress:
                 progress(i, total, f"prefill of {batch} x {num_tokens}")
-            table = _blank_table(batch, width, tables)
+            table = self._blank_table(batch, width, tables)
             logits, hidden = self._prefill(
                 np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32), table, writes
             )
@@ -222,7 +272,7 @@ class Executor:
             sampling = sampling_arrays([], [], (), batch)
             logits = jnp.zeros((batch, self.cache.config.vocab_size), jnp.float32)
             state = self.first_token(logits, sampling)
-            self.decode([], state, sampling, _blank_table(batch, width, tables), 1)
+            self.decode([], state, sampling, self._blank_table(batch, width, tables), 1)
         self.cache.warmup()
         if progress:
             progress(total, total, "ready")
@@ -243,15 +293,10 @@ def _indices(run: PageRun) -> list[int]:
     return [0 if page == HOLE else page for page in run.pages]
 
 
-def _blank_table(batch: int, width: int, num_tables: int) -> PageTable:
-    """Host arrays to fill in; as they are, no row runs or writes anything."""
-    return PageTable(
-        q_starts=np.zeros(batch, np.int32),
-        kv_lens=np.zeros(batch, np.int32),
-        base=np.zeros((batch, width), np.int32),
-        base_write_from=np.full(batch, NEVER, np.int32),
-        low_rank=np.zeros((num_tables, batch, width), np.int32),
-        low_rank_write_from=np.full((num_tables, batch), NEVER, np.int32),
-        group_ids=np.zeros((num_tables, batch), np.int32),
-        read_slots=np.zeros(batch, np.int32),
-    )
+def _set_write_from(table: PageTable, b: int, row: Row, write_from: Sequence[int]) -> None:
+    """Fills in the positions from which row `b` writes each of its runs."""
+    table.base_write_from[b] = write_from[0]
+    num_full_rank = len(row.full_rank_runs)
+    if table.recomputed is not None and num_full_rank > 1:
+        table.recomputed.write_from[b] = write_from[1]
+    table.low_rank_write_from[: len(row.low_rank_runs), b] = write_from[num_full_rank:]

@@ -95,7 +95,11 @@ def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Decode
     )
 
 
-@functools.partial(DeviceJit, static_argnames=("graphdef", "block", "implementation"), donate_argnames=("cache",))
+@functools.partial(
+    DeviceJit,
+    static_argnames=("graphdef", "block", "write_without_adapter", "implementation"),
+    donate_argnames=("cache",),
+)
 def decode(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -108,24 +112,33 @@ def decode(
     num_steps: Int[Array, ""],
     *,
     block: int,
+    write_without_adapter: bool = False,
     implementation: str | None = None,
 ) -> tuple[Int[Array, "B block"], DecodeState, PageTable, Cache]:
     """Up to `num_steps` (at most `block`) tokens per row without the host: run, sample, compare with the stop ids.
 
     `table.kv_lens` counts the tokens in the cache, without the one sampled last. Returns the new tokens (-1 where a
     row was finished), a stop id included as the row's last, and everything the next call goes on from.
+
+    `write_without_adapter`: a second row per row runs the same tokens without adapter and writes the cache; the first
+    only reads, at its own position too.
     """
+    batch = state.last_tokens.shape[0]
+    if write_without_adapter:
+        adapter_ids = jnp.concatenate([adapter_ids, jnp.zeros_like(adapter_ids)])
 
     def step(carry):
         i, out, state, kv_lens, cache = carry
         active = ~state.finished
         new_lens = jnp.where(active, kv_lens + 1, kv_lens)
         here = dataclasses.replace(table, q_starts=kv_lens, kv_lens=new_lens)
+        inputs = state.last_tokens
+        if write_without_adapter:
+            inputs, here = jnp.concatenate([inputs, inputs]), _readers_and_writers(here)
         hidden, base, low_rank = model(
-            state.last_tokens[:, None], adapter_ids, here, bank, cache.base, cache.low_rank,
-            implementation=implementation,
-        )  # fmt: skip
-        tokens = sample(model.logits(hidden[:, 0]), sampling, state.num_generated)
+            inputs[:, None], adapter_ids, here, bank, cache.base, cache.low_rank, implementation=implementation
+        )
+        tokens = sample(model.logits(hidden[:batch, 0]), sampling, state.num_generated)
         tokens = jnp.where(active, tokens, state.last_tokens)
         num_generated = state.num_generated + active
         finished = state.finished | is_stop(tokens, sampling) | (num_generated >= sampling.max_new_tokens)
@@ -139,10 +152,31 @@ def decode(
 
     with _exact_matmuls(params):
         model: Llama = nnx.merge(graphdef, params)
-        out = jnp.full((state.last_tokens.shape[0], block), -1, jnp.int32)
+        out = jnp.full((batch, block), -1, jnp.int32)
         carry = (jnp.int32(0), out, state, table.kv_lens, cache)
         _, out, state, kv_lens, cache = jax.lax.while_loop(unfinished, step, carry)
     return out, state, dataclasses.replace(table, kv_lens=kv_lens), cache
+
+
+def _readers_and_writers(table: PageTable) -> PageTable:
+    """[2B] rows: every row as one that writes nothing, then every row as it is."""
+
+    def twice(x, axis: int = 0):
+        return jnp.concatenate([x, x], axis)
+
+    def then(x):
+        return jnp.concatenate([jnp.full_like(x, NEVER), x], axis=-1)
+
+    return PageTable(
+        q_starts=twice(table.q_starts),
+        kv_lens=twice(table.kv_lens),
+        base=twice(table.base),
+        base_write_from=then(table.base_write_from),
+        low_rank=twice(table.low_rank, axis=1),
+        low_rank_write_from=then(table.low_rank_write_from),
+        group_ids=twice(table.group_ids, axis=1),
+        read_slots=twice(table.read_slots),
+    )
 
 
 @functools.partial(jax.jit, donate_argnames=("pools",))

@@ -21,6 +21,10 @@ class EngineOptions:
       page_size: tokens per page, a multiple of 8; 64 by default, 128 on TPU.
       num_low_rank_pages: pages of the low-rank pool; by default `num_pages` for every A-group (in mode `base`: every
         adapter) that is loaded, and the pool grows with them, which compiles programs anew.
+      recompute_layers: in mode `droidspeak`, the layers whose K and V every adapter computes and keeps for itself; by
+        default the first third. `lragent_jax.sensitivity.critical_layers` measures a better choice.
+      num_recomputed_pages: pages of the pool of those layers, which adapters share out among them as `none` does its
+        base pages; by default `num_pages` for every adapter that is loaded, or that there is room for.
       max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
         targets that some adapter has, compile nothing anew unless they bring an A-group and the low-rank pool grows.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
@@ -32,6 +36,8 @@ class EngineOptions:
     num_pages: int = 1024
     page_size: int | None = None
     num_low_rank_pages: int | None = None
+    recompute_layers: Sequence[int] | None = None
+    num_recomputed_pages: int | None = None
     max_adapters: int = 0
     max_rank: int = 0
     prefill_buckets: Sequence[int] | None = None
@@ -57,10 +63,13 @@ class EngineOptions:
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        least = {"num_pages": 1, "num_low_rank_pages": 1, "decode_block": 1, "max_adapters": 0, "max_rank": 0}
+        least = {
+            "num_pages": 1, "num_low_rank_pages": 1, "num_recomputed_pages": 1, "decode_block": 1, "max_adapters": 0,
+            "max_rank": 0,
+        }  # fmt: skip
         for name in least:
             value = getattr(self, name)
-            if value is None and name == "num_low_rank_pages":
+            if value is None and name in ("num_low_rank_pages", "num_recomputed_pages"):
                 continue
             if not isinstance(value, int) or value < least[name]:
                 raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")
@@ -70,6 +79,11 @@ class EngineOptions:
         if not buckets or buckets[0] < 1 or not all(isinstance(bucket, int) for bucket in buckets):
             raise InputError(f"prefill_buckets must be positive chunk lengths, not {self.prefill_buckets!r}")
         object.__setattr__(self, "prefill_buckets", buckets)
+        if self.recompute_layers is not None:
+            layers = tuple(self.recompute_layers)
+            if not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+                raise InputError(f"recompute_layers must be numbers of layers, not {self.recompute_layers!r}")
+            object.__setattr__(self, "recompute_layers", tuple(sorted(set(layers))))
         known = [implementation.name for implementation in IMPLEMENTATIONS]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"unknown attention implementation {self.implementation!r}; there are: {', '.join(known)}")

@@ -14,9 +14,9 @@ class GenerationOutput:
     """One finished call of `Engine.generate`.
 
     `text` is None without a tokenizer, and cut in front of a stop string; `token_ids` are the ids that joined the
-    trajectory. `num_prefilled_tokens` were run before the first token, `num_cached_tokens` of the context were read
-    from the cache instead. Times in seconds, from the call to the first token (`ttft_s`) and to the end
-    (`latency_s`).
+    trajectory. `num_prefilled_tokens` were run before the first token (in mode `rebase` the last one twice: to be
+    cached and to be read), `num_cached_tokens` of the context were read from the cache instead. Times in seconds,
+    from the call to the first token (`ttft_s`) and to the end (`latency_s`).
     """
 
     text: str | None

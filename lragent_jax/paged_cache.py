@@ -1,9 +1,9 @@
-"""The two page pools of an engine: arrays on the device, allocators on the host."""
+"""The page pools of an engine: arrays on the device, allocators on the host."""
 
 import collections
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,15 @@ from lragent_jax.models.sharding import current_mesh
 from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
-from lragent_jax.sharing import PageKey
+from lragent_jax.sharing import PageKey, PoolName
 
 _COPIES_PER_CALL = 8
+
+_SIZE_OPTIONS: dict[PoolName, str] = {
+    "base": "num_pages",
+    "recomputed": "num_recomputed_pages",
+    "low_rank": "num_low_rank_pages",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +48,16 @@ class PoolStats:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
-    """Both pools; `page_size` is in tokens."""
+    """All pools; `page_size` is in tokens. `recomputed` holds the layers that are not in `base`, if any."""
 
     base: PoolStats
     low_rank: PoolStats
+    recomputed: PoolStats
     page_size: int
 
     @property
     def bytes_used(self) -> int:
-        return self.base.bytes_used + self.low_rank.bytes_used
+        return self.base.bytes_used + self.low_rank.bytes_used + self.recomputed.bytes_used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Claim:
 class PagedCache:
     """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
 
-    `low_rank_ranks` gives r for the cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates,
-    releases or runs a program on the arrays holds `lock`.
+    `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
+    cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
+    arrays holds `lock`.
     """
 
     def __init__(
@@ -78,12 +86,18 @@ class PagedCache:
         num_pages: int,
         num_low_rank_pages: int,
         low_rank_ranks: Mapping[str, int],
+        recomputed_layers: Sequence[int] = (),
+        num_recomputed_pages: int = 0,
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
-        self.low_rank_ranks = dict(low_rank_ranks)
+        self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
         self.lock = threading.RLock()
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
-        self.pools = {"base": PagePool(num_pages), "low_rank": PagePool(num_low_rank_pages)}
+        self.pools: dict[PoolName, PagePool] = {
+            "base": PagePool(num_pages),
+            "recomputed": PagePool(num_recomputed_pages if recomputed_layers else 0),
+            "low_rank": PagePool(num_low_rank_pages),
+        }
         self.num_losses = 0
         self.arrays = self._allocate()
 
@@ -100,12 +114,11 @@ class PagedCache:
         return True
 
     def _allocate(self) -> Cache:
-        config, num_pages = self.config, self.pools["base"].num_pages
-        shape = (num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
+        num_pages = self.pools["base"].num_pages
         num_low_rank_pages = self.pools["low_rank"].num_pages
         try:
             arrays = Cache(
-                base=BaseCache(kv=_pools(config.num_layers, shape, self.dtype, POOL)),
+                base=BaseCache(kv=self._base_pools()),
                 low_rank=LowRankCache(
                     v=self._low_rank_pools(self.low_rank_ranks.get("v"), num_low_rank_pages),
                     k=self._low_rank_pools(self.low_rank_ranks.get("k"), num_low_rank_pages),
@@ -113,10 +126,12 @@ class PagedCache:
             )
             return jax.block_until_ready(arrays)
         except jax.errors.JaxRuntimeError as error:
-            gigabytes = self.stats().base.bytes_total / 1e9
+            stats = self.stats()
+            gigabytes = (stats.base.bytes_total + stats.recomputed.bytes_total) / 1e9
+            sizes = "num_pages or num_recomputed_pages" if self.recomputed_layers else "num_pages"
             raise OutOfPagesError(
                 f"the device has no room for {num_pages} base pages ({gigabytes:.1f} GB) beside the weights; "
-                f"lower num_pages"
+                f"lower {sizes}"
             ) from error
 
     def new_run(self, key: PageKey) -> PageRun:
@@ -131,13 +146,11 @@ class PagedCache:
                 raise OutOfPagesError(
                     f"this call needs {needed} more {name} pages of {self.page_size} tokens, {pool.num_free} of "
                     f"{pool.num_pages} are free: close trajectories, lower max_new_tokens, or build the engine with "
-                    f"a larger {'num_pages' if name == 'base' else 'num_low_rank_pages'}"
+                    f"a larger {_SIZE_OPTIONS[name]}"
                 )
-        copies: dict[str, list[PageCopy]] = {name: [] for name in self.pools}
-        for claim in claims:
-            name = "base" if claim.run.pool is self.pools["base"] else "low_rank"
-            copies[name] += claim.run.prepare(claim.start, claim.stop)
-        self._copy(copies["base"], copies["low_rank"])
+        for name, pool in self.pools.items():
+            self._copy(name, [copy for claim in claims if claim.run.pool is pool
+                              for copy in claim.run.prepare(claim.start, claim.stop)])  # fmt: skip
 
     def grow_low_rank(self, num_pages: int, low_rank_ranks: Mapping[str, int]) -> None:
         """Makes room for more pages or larger ranks; what is cached stays valid.
@@ -172,19 +185,32 @@ class PagedCache:
 
     def warmup(self) -> None:
         """Compiles the page copies."""
-        self._copy([PageCopy(0, 0)], [PageCopy(0, 0)] if self.low_rank_ranks else [])
+        for name, pool in self.pools.items():
+            if pool.num_pages:
+                self._copy(name, [PageCopy(0, 0)])
 
     def stats(self) -> CacheStats:
         itemsize, p = self.dtype.itemsize, self.page_size
-        base_bytes = self.config.base_cache_bytes_per_token(itemsize) * p
+        layer_bytes = self.config.base_cache_bytes_per_token(itemsize) // self.config.num_layers * p
+        num_recomputed = len(self.recomputed_layers)
         rank = sum(self.low_rank_ranks.values())
         low_rank_bytes = self.config.low_rank_cache_bytes_per_token(rank, itemsize) * p
-        base, low_rank = self.pools["base"], self.pools["low_rank"]
-        return CacheStats(
-            base=PoolStats(base.num_used, base.num_free, base_bytes),
-            low_rank=PoolStats(low_rank.num_used, low_rank.num_free, low_rank_bytes),
-            page_size=p,
-        )
+        bytes_per_page: dict[PoolName, int] = {
+            "base": layer_bytes * (self.config.num_layers - num_recomputed),
+            "recomputed": layer_bytes * num_recomputed,
+            "low_rank": low_rank_bytes,
+        }
+        stats = {name: PoolStats(pool.num_used, pool.num_free, bytes_per_page[name])
+                 for name, pool in self.pools.items()}  # fmt: skip
+        return CacheStats(**stats, page_size=p)
+
+    def _base_pools(self) -> tuple[jax.Array, ...]:
+        config, pools = self.config, []
+        for layer in range(config.num_layers):
+            pool = self.pools["recomputed" if layer in self.recomputed_layers else "base"]
+            shape = (pool.num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
+            pools += _pools(1, shape, self.dtype, POOL)
+        return tuple(pools)
 
     def _low_rank_pools(self, rank: int | None, num_pages: int):
         if rank is None:
@@ -192,16 +218,24 @@ class PagedCache:
         shape = (num_pages, rank, self.page_size)
         return _pools(self.config.num_layers, shape, self.dtype, WHOLE)
 
-    def _copy(self, base: list[PageCopy], low_rank: list[PageCopy]) -> None:
-        for name, copies in (("base", base), ("low_rank", low_rank)):
-            for first in range(0, len(copies), _COPIES_PER_CALL):
-                batch = copies[first : first + _COPIES_PER_CALL]
-                sources = np.zeros(_COPIES_PER_CALL, np.int32)
-                targets = np.full(_COPIES_PER_CALL, self.pools[name].num_pages, np.int32)  # out of range: skipped
-                sources[: len(batch)] = [copy.source for copy in batch]
-                targets[: len(batch)] = [copy.target for copy in batch]
-                copied = copy_pages(getattr(self.arrays, name), sources, targets)
-                self.arrays = dataclasses.replace(self.arrays, **{name: copied})
+    def _copy(self, name: PoolName, copies: Sequence[PageCopy]) -> None:
+        """Copies pages in all layers of one pool."""
+        for first in range(0, len(copies), _COPIES_PER_CALL):
+            batch = copies[first : first + _COPIES_PER_CALL]
+            sources = np.zeros(_COPIES_PER_CALL, np.int32)
+            targets = np.full(_COPIES_PER_CALL, self.pools[name].num_pages, np.int32)  # out of range: skipped
+            sources[: len(batch)] = [copy.source for copy in batch]
+            targets[: len(batch)] = [copy.target for copy in batch]
+            if name == "low_rank":
+                copied = copy_pages(self.arrays.low_rank, sources, targets)
+                self.arrays = dataclasses.replace(self.arrays, low_rank=copied)
+                continue
+            kv = list(self.arrays.base.kv)
+            layers = [i for i in range(len(kv)) if (i in self.recomputed_layers) == (name == "recomputed")]
+            copied = copy_pages(BaseCache(tuple(kv[i] for i in layers)), sources, targets)
+            for i, pool in zip(layers, copied.kv, strict=True):
+                kv[i] = pool
+            self.arrays = dataclasses.replace(self.arrays, base=BaseCache(tuple(kv)))
 
 
 def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> tuple[jax.Array, ...]:

@@ -243,7 +243,8 @@ def _pool_sizes(
     if num_pages is None:
         longest = max(recording.num_tokens for recording in recordings) + DECODED_TOKENS
         num_pages = _round_up(-(-longest // engine.cache_stats().page_size) * num_agents)
-    return {"num_pages": num_pages, "num_low_rank_pages": num_pages * max(len(engine.agents), 1)}
+    num_low_rank_pages = num_pages * max(len(engine.agents), 1)
+    return {"num_pages": num_pages, "num_recomputed_pages": num_pages, "num_low_rank_pages": num_low_rank_pages}
 
 
 def _round_up(num_pages: int) -> int:

@@ -4,6 +4,8 @@ Pages are written first and read afterwards, so a prefill chunk and a decode ste
 positions [q_start, kv_len) against keys [0, kv_len).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from lragent_jax.kernels import lora_attention as attention
 from lragent_jax.kernels import page_update
 from lragent_jax.kernels.lora_attention.dispatch import default_platform
 from lragent_jax.models.adapter_bank import LoraPair
-from lragent_jax.models.pytree import pytree
+from lragent_jax.models.pytree import pytree, static
 from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard
 
 HostOrDevice = jax.Array | np.ndarray
@@ -22,9 +24,12 @@ HostOrDevice = jax.Array | np.ndarray
 
 @pytree
 class BaseCache:
-    """X W of every token. `kv[layer]` is a pool [P, K, p, 2H]: K (after RoPE) in the first H lanes, V in the last."""
+    """X W of every token. `kv[layer]` is a pool [P, K, p, 2H]: K (after RoPE) in the first H lanes, V in the last.
 
-    kv: tuple[Float[Array, "P K p HH"], ...]
+    Recomputed layers may have another number of pages than the rest.
+    """
+
+    kv: tuple[Float[Array, "_P K p HH"], ...]
 
 
 @pytree
@@ -36,6 +41,18 @@ class LowRankCache:
 
 
 @pytree
+class RecomputedPages:
+    """A second table of base pages, all int32, for the `layers` whose K and V each adapter keeps for itself.
+
+    `pages` [B, W], `write_from` [B]: as `base` and `base_write_from` of the `PageTable` that holds it.
+    """
+
+    pages: Int[HostOrDevice, "B W"]
+    write_from: Int[HostOrDevice, " B"]
+    layers: tuple[int, ...] = static()
+
+
+@pytree
 class PageTable:
     """Where the rows of one call live, all int32; W pages wide, entries past a row's length are never read.
 
@@ -44,6 +61,7 @@ class PageTable:
     `low_rank` [g, B, W], `low_rank_write_from` [g, B], `group_ids` [g, B]: the same for each of the g low-rank tables
     that a row may write, and the A-group whose X A goes there. g = 0 where adapters are merged into K and V.
     `read_slots` [B]: which of the g tables the row's own adapter reads.
+    `recomputed`: what some layers have in place of `base` and `base_write_from`; None where all layers are alike.
     """
 
     q_starts: Int[HostOrDevice, " B"]
@@ -54,6 +72,16 @@ class PageTable:
     low_rank_write_from: Int[HostOrDevice, "g B"]
     group_ids: Int[HostOrDevice, "g B"]
     read_slots: Int[HostOrDevice, " B"]
+    recomputed: RecomputedPages | None = None
+
+    def of_layer(self, layer: int) -> "PageTable":
+        """The table that `layer` writes and reads by."""
+        own = self.recomputed
+        if own is None:
+            return self
+        if layer not in own.layers:
+            return dataclasses.replace(self, recomputed=None)
+        return dataclasses.replace(self, base=own.pages, base_write_from=own.write_from, recomputed=None)
 
     @property
     def num_low_rank_tables(self) -> int:

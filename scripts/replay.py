@@ -11,6 +11,7 @@ import argparse
 from lragent_jax import Engine
 from lragent_jax.react import read_trajectories
 from lragent_jax.replay import replay
+from lragent_jax.sharing import SHARING_MODES
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument("file")
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--modes", default="none,full,base,base_lr,pre_lr")
+    parser.add_argument("--modes", default=",".join(SHARING_MODES))
     parser.add_argument("--limit", type=int)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()

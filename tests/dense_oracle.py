@@ -38,19 +38,29 @@ class Context:
 
 
 class DenseOracle:
-    """One model and its agents under one sharing mode. Agents of one `group` have equal A for k and v."""
+    """One model and its agents under one sharing mode. Agents of one `group` have equal A for k and v.
+
+    `own_layers`: those whose K and V `droidspeak` keeps per agent.
+    """
 
     def __init__(
-        self, config: LlamaConfig, params: dict, agents: dict[str, Adapter], groups: dict[str, str], mode: str
-    ):
+        self, config: LlamaConfig, params: dict, agents: dict[str, Adapter], groups: dict[str, str], mode: str,
+        own_layers: tuple[int, ...] = (0,),
+    ):  # fmt: skip
         self.config, self.params, self.agents, self.groups, self.mode = config, params, agents, groups, mode
+        self.own_layers = own_layers if mode == "droidspeak" else ()
         self.group_members = {group: name for name, group in groups.items()}
 
     def logits(self, context: Context, agent: str | None) -> tuple[np.ndarray, int]:
         """What comes next, and how many tokens had to be run for it."""
-        required = [self._base_key(agent)] + ([self._own_key(agent)] if self._own_key(agent) else [])
+        required = {self._base_key(agent, i) for i in range(self.config.num_layers)} | {self._own_key(agent)} - {None}
         last = len(context.ids) - 1
         missing = [p for p in range(last + 1) if any(p not in context.store.setdefault(key, {}) for key in required)]
+        if self.mode == "rebase":  # the base model reads what is new, and the agent reads the last token
+            for position in missing:
+                self._run(context, position, None)
+            counted_twice = agent is None and missing[-1:] == [last]
+            return self._run(context, last, agent, writes=agent is None), len(missing) + (not counted_twice)
         to_run = missing if missing[-1:] == [last] else [*missing, last]
         results = [self._run(context, position, agent) for position in to_run]
         return results[-1], len(to_run)
@@ -65,49 +75,60 @@ class DenseOracle:
             context.ids.append(token)
         return np.stack(rows), prefilled or 0
 
+    def forget(self, context: Context, agent: str) -> None:
+        """Drops what nobody can read once `agent` is unloaded."""
+        kept = {self._own_key(other) for other in self.agents if other != agent}
+        for key in {self._own_key(agent), ("own", agent), *([("base", agent)] if self.mode == "none" else [])} - kept:
+            context.store.pop(key, None)
+
     # The modes.
 
-    def _base_key(self, agent):
+    def _base_key(self, agent, layer):
+        if self.mode == "droidspeak":
+            return ("own", agent) if layer in self.own_layers else ("base", "all")
         return ("base", agent if self.mode == "none" else "all")
 
     def _own_key(self, agent):
-        if self.mode in ("none", "full") or agent is None:
+        if self.mode in ("none", "full", "droidspeak") or agent is None:
             return None
         return ("low_rank", agent if self.mode == "base" else self.groups[agent])
 
     def _written_keys(self, agent):
         every_group = [("low_rank", group) for group in self.group_members]
-        if self.mode == "pre_lr" or (self.mode == "base_lr" and agent is None):
+        if self.mode in ("pre_lr", "rebase") or (self.mode == "base_lr" and agent is None):
             return every_group
         own = self._own_key(agent)
         return [] if own is None else [own]
 
     # The model.
 
-    def _run(self, context: Context, position: int, agent: str | None) -> np.ndarray:
+    def _run(self, context: Context, position: int, agent: str | None, writes: bool = True) -> np.ndarray:
         p, config = self.params, self.config
         x = p["embed"][context.ids[position]]
-        base_key, own_key = self._base_key(agent), self._own_key(agent)
-        merged = self.mode in ("none", "full")
-        writes_base = position not in context.store.setdefault(base_key, {})
-        if writes_base:
-            context.store[base_key][position] = [None] * config.num_layers
-        new_low_rank = [k for k in self._written_keys(agent) if position not in context.store.setdefault(k, {})]
+        own_key = self._own_key(agent)
+        merged = self.mode in ("none", "full", "droidspeak")
+        base_keys = [self._base_key(agent, i) for i in range(config.num_layers)]
+        writes_base = {key for key in base_keys if writes and position not in context.store.setdefault(key, {})}
+        for key in writes_base:
+            context.store[key][position] = [None] * config.num_layers
+        new_low_rank = [
+            k for k in self._written_keys(agent) if writes and position not in context.store.setdefault(k, {})
+        ]
         for key in new_low_rank:
             context.store[key][position] = [None] * config.num_layers
         for i in range(config.num_layers):
             layer = p["layers"][i]
             h = self._norm(x, layer["attention_norm"])
             q = self._rope(self._heads(self._linear(layer, i, agent, "q", h)), position)
-            if writes_base:
+            if base_keys[i] in writes_base:
                 writer = agent if merged else None
                 k = self._rope(self._heads(self._linear(layer, i, writer, "k", h)), position)
                 v = self._heads(self._linear(layer, i, writer, "v", h))
-                context.store[base_key][position][i] = (k, v)
+                context.store[base_keys[i]][position][i] = (k, v)
             for key in new_low_rank:
                 member = key[1] if self.mode == "base" else self.group_members[key[1]]
                 context.store[key][position][i] = {t: self._shrink(member, i, t, h) for t in ("k", "v")}
-            x = x + self._attend(context, position, i, layer, agent, q, base_key, own_key)
+            x = x + self._attend(context, position, i, layer, agent, q, base_keys[i], own_key)
             h = self._norm(x, layer["mlp_norm"])
             gate, up = (self._linear(layer, i, agent, name, h) for name in ("gate", "up"))
             x = x + self._linear(layer, i, agent, "down", gate / (1 + np.exp(-gate)) * up)

@@ -16,10 +16,11 @@ from lragent_jax.sampling import sampling_arrays
 QUESTION = [(7 * i + 3) % 128 for i in range(45)]
 
 
-@pytest.mark.parametrize("mode", ["none", "base", "pre_lr"])
+@pytest.mark.parametrize("mode", ["none", "base", "pre_lr", "rebase", "droidspeak"])
 def test_nothing_compiles_after_warmup(mode):
     # A size that no other test uses, or their programs would hide what warm-up forgot.
-    engine = tiny_engine(mode, tokenizer=ascii_tokenizer(), num_pages=57, num_low_rank_pages=99, max_adapters=4)
+    pages = {"num_pages": 57, "num_low_rank_pages": 99, "num_recomputed_pages": 81}
+    engine = tiny_engine(mode, tokenizer=ascii_tokenizer(), max_adapters=4, **pages)
     steps = []
     engine.warmup(max_batch_size=2, progress=lambda done, total, what: steps.append((done, total)))
     assert steps[0][0] == 0
@@ -42,9 +43,9 @@ def test_nothing_compiles_after_warmup(mode):
     assert watch.num_programs == 0
 
 
-@pytest.mark.parametrize("mode", ["none", "pre_lr"])
+@pytest.mark.parametrize("mode", ["none", "pre_lr", "rebase", "droidspeak"])
 def test_no_program_copies_a_page_pool(mode):
-    engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667)
+    engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667, num_recomputed_pages=641)
     executor, cache = engine._executor, engine._cache.arrays
     common = (executor.graphdef, executor.params, executor.registry.bank, cache)
     table, ids = executor.blank_table(batch=1), np.zeros(1, np.int32)
@@ -53,8 +54,9 @@ def test_no_program_copies_a_page_pool(mode):
     pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}
     programs = {
         "prefill": generation.prefill.lower(*common, np.zeros((1, 8), np.int32), ids, table),
-        "decode": generation.decode.lower(*common, state, sampling, ids, table, np.int32(4), block=4),
-    }
+        "decode": generation.decode.lower(*common, state, sampling, ids, table, np.int32(4), block=4,
+                                           write_without_adapter=mode == "rebase"),
+    }  # fmt: skip
     for name, lowered in programs.items():
         compiled = lowered.compile()
         text = compiled.as_text()

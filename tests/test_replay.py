@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.react import ReactTrajectory, Step
 from lragent_jax.recording import Recording
 from lragent_jax.replay import replay
-from lragent_jax.sharing import SHARING_MODES, SharingMode
+from lragent_jax.sharing import SHARING_MODES, SharingMode, layers_to_recompute
 
 PAGE = 16
 TWO_GROUPS = (100, 100, 200)  # reflect has an A of its own
@@ -53,6 +54,9 @@ OWN = {agent: agent for agent in AGENTS}
 EVERYBODY = dict.fromkeys(AGENTS, "all")
 
 
+CHOSEN = Fraction(len(layers_to_recompute(None, CONFIG.num_layers)), CONFIG.num_layers)
+
+
 def bytes_by_formula(base_pages: int, low_rank_pages: int) -> int:
     base = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     low_rank = CONFIG.num_layers * 4 * 4  # rank 4 on v alone
@@ -62,14 +66,20 @@ def bytes_by_formula(base_pages: int, low_rank_pages: int) -> int:
 @pytest.mark.parametrize("groups", [(100, 100, 100), TWO_GROUPS], ids=["one A-group", "two A-groups"])
 def test_counts_and_bytes_are_those_of_the_modes(groups):
     group_of = {agent: str(group) for agent, group in zip(AGENTS, groups, strict=True)}
-    prefilled_by = {"none": OWN, "full": EVERYBODY, "base": OWN, "base_lr": group_of, "pre_lr": EVERYBODY}
+    prefilled_by = {
+        "none": OWN, "full": EVERYBODY, "base": OWN, "base_lr": group_of, "pre_lr": EVERYBODY, "rebase": EVERYBODY,
+        "droidspeak": OWN,
+    }  # fmt: skip
     report = replay(text_engine(adapters(groups)), TRAJECTORIES)
     assert list(report.modes) == list(SHARING_MODES)
     recordings = [Recording.tokenize(trajectory, tokenizer()) for trajectory in TRAJECTORIES]
     for mode in SHARING_MODES:
         readers = prefilled_by[mode]
         costs = [Arithmetic(recording, readers) for recording in recordings]
-        assert report.modes[mode].prefilled_tokens == sum(cost.prefilled for cost in costs), mode
+        queries = (
+            sum(recording.num_outputs for recording in recordings) if mode == "rebase" else 0
+        )  # the last token again, each call
+        assert report.modes[mode].prefilled_tokens == sum(cost.prefilled for cost in costs) + queries, mode
         assert report.modes[mode].cached_tokens == sum(cost.cached for cost in costs), mode
         # What the last reader of all has read is in the shared base cache; groups have what their own agents read.
         bases = [max(cost.read.values()) for cost in costs]
@@ -79,6 +89,11 @@ def test_counts_and_bytes_are_those_of_the_modes(groups):
             "base": [(-(-base // PAGE), cost.pages()) for base, cost in zip(bases, costs, strict=True)],
             "base_lr": [(-(-base // PAGE), cost.pages()) for base, cost in zip(bases, costs, strict=True)],
             "pre_lr": [(-(-base // PAGE), len(set(groups)) * -(-base // PAGE)) for base in bases],
+            "rebase": [(-(-base // PAGE), len(set(groups)) * -(-base // PAGE)) for base in bases],
+            "droidspeak": [  # of a base page's layers, the chosen ones for every agent
+                (-(-base // PAGE) * (1 - CHOSEN) + cost.pages() * CHOSEN, 0)
+                for base, cost in zip(bases, costs, strict=True)
+            ],
         }[mode]
         assert report.modes[mode].cache_bytes == max(bytes_by_formula(*pages) for pages in used), mode
 

@@ -14,14 +14,14 @@ from tolerances import assert_close
 
 from lragent_jax.models.adapter import LoraWeights, random_adapter, stack_adapters
 from lragent_jax.models.adapter_bank import TARGETS
-from lragent_jax.models.errors import OutOfPagesError
+from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.outputs import ScoreOutput
 from lragent_jax.page_run import Span
-from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.sharing import SHARING_MODES, layers_to_recompute
 
 GROUPS = {"plan": "a", "action": "a", "reflect": "b"}
 QUESTION = [(7 * i + 3) % 128 for i in range(37)]
-SPLIT_MODES = ("base", "base_lr", "pre_lr")
+SPLIT_MODES = ("base", "base_lr", "pre_lr", "rebase")
 
 # A small tour: who extends the context, and with what. Lengths cross pages (8) and chunks (8, 32).
 TOUR = [("plan", [5, 9, 2, 77, 31]), ("action", [1, 2, 3]), ("reflect", [90] * 9), ("plan", [4]), (None, [8, 8])]
@@ -39,8 +39,9 @@ def walk(engine, tour=TOUR) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), TARGETS], ids=["qv", "all seven"])
-@pytest.mark.parametrize("mode", SHARING_MODES)
+@pytest.mark.parametrize("mode", [mode for mode in SHARING_MODES if mode != "rebase"])
 def test_an_agent_alone_sees_the_same_in_every_mode(mode, targets):
+    """But in `rebase`, where even an agent that is alone reads what the base model has written."""
     alone = [("reflect", ids) for _, ids in TOUR]
     got = walk(tiny_engine(mode, agents(targets)), alone)
     want = walk(tiny_engine("none", agents(targets)), alone)
@@ -50,13 +51,8 @@ def test_an_agent_alone_sees_the_same_in_every_mode(mode, targets):
 
 @pytest.mark.parametrize("mode", SHARING_MODES)
 def test_adapters_that_add_nothing_share_for_free(mode):
-    silent = {
-        name: dataclasses.replace(
-            adapter, weights={at: LoraWeights(w.lora_a, 0 * w.lora_b) for at, w in adapter.weights.items()}
-        )
-        for name, adapter in agents().items()
-    }
-    for a, b in zip(walk(tiny_engine(mode, silent)), walk(tiny_engine("none", silent)), strict=True):
+    quiet = silent(agents())
+    for a, b in zip(walk(tiny_engine(mode, quiet)), walk(tiny_engine("none", quiet)), strict=True):
         assert_close(a, b, "equal")
 
 
@@ -85,10 +81,10 @@ def test_prefilled_tokens_are_those_the_mode_says(mode):
     with engine.trajectory() as trajectory:
         trajectory.append(QUESTION)
         for agent, ids in [item for item in TOUR if item[0]]:
-            who = {"none": agent, "base": agent, "base_lr": groups[agent]}.get(mode)
+            who = {"none": agent, "base": agent, "base_lr": groups[agent], "droidspeak": agent}.get(mode)
             out = engine.score_output(trajectory, ids, agent)
             length = len(trajectory) - len(ids)
-            assert out.num_prefilled_tokens == length - read.get(who, 0)
+            assert out.num_prefilled_tokens == length - read.get(who, 0) + (mode == "rebase")  # as a query
             assert out.num_cached_tokens == read.get(who, 0)
             read[who] = len(trajectory) - 1  # the token sampled last has not been run
             trajectory.append([11, 12, 13])
@@ -105,14 +101,17 @@ def test_bytes_are_those_of_the_formula(mode):
         for agent in GROUPS:
             engine.next_token_logits(trajectory, agent)
         stats = engine.cache_stats()
-    bases = {"none": 3}.get(mode, 1)
-    low_ranks = {"base": 3, "base_lr": 2, "pre_lr": 2}.get(mode, 0)
+    bases = {"none": 3, "droidspeak": 1 / 2}.get(mode, 1)  # one of two layers
+    recomputed = {"droidspeak": 3 / 2}.get(mode, 0)
+    low_ranks = {"base": 3, "base_lr": 2, "pre_lr": 2, "rebase": 2}.get(mode, 0)
     assert stats.base.bytes_used == bases * tokens * base
+    assert stats.recomputed.bytes_used == recomputed * tokens * base
     assert stats.low_rank.bytes_used == low_ranks * tokens * low_rank
-    assert stats.bytes_used == (bases * base + low_ranks * low_rank) * tokens
-    assert stats.base.bytes_total == OPTIONS["num_pages"] * page * base
+    assert stats.bytes_used == ((bases + recomputed) * base + low_ranks * low_rank) * tokens
+    assert stats.base.bytes_total == OPTIONS["num_pages"] * page * base * (1 / 2 if mode == "droidspeak" else 1)
+    assert stats.recomputed.bytes_total == (3 * OPTIONS["num_pages"] * page * base / 2 if recomputed else 0)
     pools = jax.tree.leaves(engine._cache.arrays.base)
-    assert sum(pool.nbytes for pool in pools) == stats.base.bytes_total
+    assert sum(pool.nbytes for pool in pools) == stats.base.bytes_total + stats.recomputed.bytes_total
     assert engine.cache_stats().bytes_used == 0
 
 
@@ -183,6 +182,7 @@ def test_unloading_frees_what_nobody_else_reads(mode):
         stats, pages = engine.cache_stats(), -(-len(QUESTION) // 8)
         assert before.base.pages_used - stats.base.pages_used == (pages if mode == "none" else 0)
         assert before.low_rank.pages_used - stats.low_rank.pages_used == (pages if mode in SPLIT_MODES else 0)
+        assert before.recomputed.pages_used - stats.recomputed.pages_used == (pages if mode == "droidspeak" else 0)
         engine.load_adapter("reflect", agents()["reflect"])
         again = engine.next_token_logits(trajectory, "reflect")
     engine.unload_adapter("reflect")
@@ -193,11 +193,141 @@ def test_unloading_frees_what_nobody_else_reads(mode):
         assert_close(again, engine.next_token_logits(fresh, "reflect"), "equal")
 
 
+def silent(adapters):
+    """The same adapters, B all zero."""
+    return {
+        name: dataclasses.replace(
+            adapter, weights={at: LoraWeights(w.lora_a, 0 * w.lora_b) for at, w in adapter.weights.items()}
+        )
+        for name, adapter in adapters.items()
+    }
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), TARGETS], ids=["qv", "all seven"])
+@pytest.mark.parametrize(("recompute_layers", "same_as"), [((0, 1), "none"), ((), "full")])
+def test_droidspeak_lies_between_none_and_full(recompute_layers, same_as, targets):
+    engine = tiny_engine("droidspeak", agents(targets), recompute_layers=recompute_layers)
+    assert engine.recomputed_layers == recompute_layers
+    want = walk(tiny_engine(same_as, agents(targets)))
+    for a, b in zip(walk(engine), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_droidspeak_with_every_layer_or_none_counts_as_what_it_equals():
+    for layers, same_as in [((0, 1), "none"), ((), "full")]:
+        engine, other = tiny_engine("droidspeak", recompute_layers=layers), tiny_engine(same_as)
+        counts = []
+        for one in (engine, other):
+            with one.trajectory() as trajectory:
+                trajectory.append(QUESTION)
+                counts.append([one.score_output(trajectory, [1, 2], agent).num_prefilled_tokens for agent in GROUPS])
+                counts[-1].append(one.cache_stats().bytes_used)
+        assert counts[0] == counts[1]
+
+
+def test_a_catch_up_in_droidspeak_writes_the_chosen_layers_alone():
+    engine = tiny_engine("droidspeak", recompute_layers=[1])
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        before = [np.asarray(pool) for pool in engine._cache.arrays.base.kv]
+        assert engine.score_output(trajectory, [1], "action").num_prefilled_tokens == len(QUESTION)
+        after = [np.asarray(pool) for pool in engine._cache.arrays.base.kv]
+        np.testing.assert_array_equal(before[0], after[0])
+        changed = (before[1] != after[1]).any(axis=(1, 2, 3))
+        assert changed.sum() == -(-len(QUESTION) // 8), "pages of its own, and only those"
+        assert engine.cache_stats().base.pages_used == changed.sum()
+
+
+def test_layers_to_recompute_are_checked():
+    assert layers_to_recompute(None, 30) == tuple(range(10))
+    assert layers_to_recompute(None, 2) == (0,)
+    with pytest.raises(InputError, match="layer 2; the model has layers 0 to 1"):
+        tiny_engine("droidspeak", recompute_layers=[0, 2])
+    with pytest.raises(InputError, match="recompute_layers"):
+        tiny_engine("droidspeak", recompute_layers=[-1])
+    engine = tiny_engine("droidspeak", num_recomputed_pages=7)
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        with pytest.raises(OutOfPagesError, match=r"3 more recomputed pages.*larger num_recomputed_pages"):
+            engine.next_token_logits(trajectory, "action")
+
+
+def pages_of(engine, trajectory):
+    """What every page of a trajectory holds, by key, in the trajectory's order."""
+    arrays = engine._cache.arrays
+    pools = {"base": arrays.base, "low_rank": arrays.low_rank}
+    return {
+        (key.pool, key.owner): jax.tree.map(lambda pool, run=run: np.asarray(pool)[run.pages], pools[key.pool])
+        for key, run in sorted(trajectory._runs.items(), key=str)
+    }
+
+
+def test_rebase_caches_what_the_base_model_leaves():
+    """Whoever reads and generates: the same pages, base and low-rank, bit for bit, and nobody's name on them."""
+    engines = [tiny_engine("rebase"), tiny_engine("rebase"), tiny_engine("pre_lr")]
+    tours = [TOUR, [(None, ids) for _, ids in TOUR], [(None, ids) for _, ids in TOUR]]
+    caches = []
+    for engine, tour in zip(engines, tours, strict=True):
+        with engine.trajectory() as trajectory:
+            trajectory.append(QUESTION)
+            for agent, ids in tour:
+                engine.score(trajectory, ids, agent)
+                trajectory.append([11, 12, 13])
+            engine.next_token_logits(trajectory, tour[0][0])
+            assert trajectory.writers == [Span(0, len(trajectory), None)]
+            caches.append(pages_of(engine, trajectory))
+    assert len(caches[0]) == 3, "the base cache and two A-groups"
+    for other in caches[1:]:
+        jax.tree.map(np.testing.assert_array_equal, caches[0], other)
+
+
+def test_rebase_decodes_what_it_scores_and_caches_what_the_base_model_leaves():
+    engine = tiny_engine("rebase")
+    with engine.trajectory() as a, engine.trajectory() as b, engine.trajectory() as c:
+        for trajectory in (a, b, c):
+            trajectory.append(QUESTION)
+        ids = engine.generate(a, "plan", max_new_tokens=11, ignore_eos=True).token_ids
+        assert engine.score(b, ids, "plan").argmax(axis=1).tolist() == ids
+        engine.next_token_logits(c.append(ids), None)  # the base model alone reads the same ids
+        for agent in ("plan", "reflect", None):
+            logits = [engine.next_token_logits(trajectory, agent) for trajectory in (a, b, c)]
+            assert_close(logits[0], logits[2], "equal")
+            assert_close(logits[1], logits[2], "equal")
+
+
+def test_rebase_of_silent_adapters_is_the_base_model():
+    want = walk(tiny_engine("none"), [(None, ids) for _, ids in TOUR])
+    for a, b in zip(walk(tiny_engine("rebase", silent(agents()))), want, strict=True):
+        assert_close(a, b, "equal")
+
+
+def test_rebase_counts_the_query():
+    engine = tiny_engine("rebase")
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        counts = []
+        for agent in ("plan", "plan", "reflect", None):
+            out = engine.generate(trajectory, agent, max_new_tokens=1)
+            counts.append((out.num_prefilled_tokens, out.num_cached_tokens))
+        first = len(QUESTION)
+        assert counts == [(first + 1, 0), (2, first), (2, first + 1), (1, first + 2)]
+        out = engine.score_output(trajectory.rollback(1), [1], "plan")
+        assert (out.num_prefilled_tokens, out.num_cached_tokens) == (1, first + 2), "nothing new: a query alone"
+        engine.load_adapter("critic", random_adapter(CONFIG, rank=4, targets=("k", "v"), seed=9))
+        late = engine.score_output(trajectory, [1], "critic")
+        assert late.num_prefilled_tokens == len(trajectory) - 1 + 1
+
+
 AGENT = st.sampled_from(["plan", "action", "reflect", None])
 STEP = st.one_of(
     st.tuples(st.just("append"), st.integers(1, 20)),
     st.tuples(st.just("score"), AGENT, st.integers(1, 9)),
     st.tuples(st.just("generate"), AGENT, st.integers(1, 6)),
+    st.tuples(st.just("stream"), AGENT, st.integers(1, 6)),
+    st.tuples(st.just("batch"), AGENT, st.integers(1, 6), AGENT),
+    st.tuples(st.just("reload"), st.sampled_from(["plan", "reflect"])),
     st.tuples(st.just("fork"), st.integers(0, 3)),
     st.tuples(st.just("switch"), st.integers(0, 3)),
     st.tuples(st.just("rollback"), st.integers(0, 12)),
@@ -205,13 +335,16 @@ STEP = st.one_of(
 )
 
 
-@pytest.mark.parametrize("mode", SHARING_MODES)
+@pytest.mark.parametrize(
+    ("mode", "own_layers"), [*((mode, (0,)) for mode in SHARING_MODES), ("droidspeak", (1,))], ids=str
+)
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
-    """Append, run, fork, roll back and close at random, in a pool that is sometimes too small."""
-    engine = tiny_engine(mode, num_pages=24, num_low_rank_pages=40)
-    oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode)
+def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data):
+    """Append, run, fork, roll back, reload and close at random, in a pool that is sometimes too small."""
+    pages = {"num_pages": 24, "num_low_rank_pages": 40, "num_recomputed_pages": 30}
+    engine = tiny_engine(mode, recompute_layers=own_layers, **pages)
+    oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode, own_layers)
     steps = data.draw(st.lists(STEP, max_size=14))
     trajectories = [engine.trajectory().append(QUESTION[:11])]
     contexts = [Context(QUESTION[:11])]
@@ -222,25 +355,36 @@ def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
             ids = [(13 * number + i) % 128 for i in range(arguments[0])]
             trajectory.append(ids)
             context.ids += ids
-        elif name in ("score", "generate") and context.ids:
-            agent, count = arguments
+        elif name in ("score", "generate", "stream", "batch") and context.ids:
+            agent, count, *others = arguments
+            sampling = {"max_new_tokens": count, "ignore_eos": True}
+            scored = [(5 * number + 3 * i) % 128 for i in range(count)]
+            rows = [(trajectory, context, agent)] + [(trajectory.fork(), context.fork(), other) for other in others]
             try:
                 if name == "score":
-                    ids = [(5 * number + 3 * i) % 128 for i in range(count)]
-                    got = engine.score_output(trajectory, ids, agent)
+                    outs = [engine.score_output(trajectory, scored, agent)]
+                elif name == "stream":
+                    outs = [list(engine.stream(trajectory, agent, **sampling))[-1].output]
                 else:
-                    got = engine.generate(trajectory, agent, max_new_tokens=count, ignore_eos=True)
-                    ids = got.token_ids
+                    outs = engine.generate([row[0] for row in rows], [row[2] for row in rows], **sampling)
             except OutOfPagesError:
                 assert trajectory.token_ids == context.ids
-                continue
-            want, num_prefilled = oracle.output(context, ids, agent)
-            assert got.num_prefilled_tokens == num_prefilled
-            if isinstance(got, ScoreOutput):
-                assert_close(got.logits, want, "oracle")
-            else:
-                chosen = np.take_along_axis(want, np.array(ids)[:, None], 1)[:, 0]
-                assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
+                outs = []
+            for got, (_, read, agent) in zip(outs, rows, strict=False):
+                want, num_prefilled = oracle.output(read, scored if name == "score" else got.token_ids, agent)
+                assert got.num_prefilled_tokens == num_prefilled
+                if isinstance(got, ScoreOutput):
+                    assert_close(got.logits, want, "oracle")
+                else:
+                    chosen = np.take_along_axis(want, np.array(got.token_ids)[:, None], 1)[:, 0]
+                    assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
+            for beside, *_ in rows[1:]:
+                beside.close()
+        elif name == "reload":
+            engine.unload_adapter(arguments[0])
+            engine.load_adapter(arguments[0], agents()[arguments[0]])
+            for one in contexts:
+                oracle.forget(one, arguments[0])
         elif name == "fork":
             trajectories.append(trajectory.fork())
             contexts.append(context.fork())

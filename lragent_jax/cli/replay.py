@@ -7,13 +7,14 @@ import typer
 
 from lragent_jax.cli import options
 from lragent_jax.cli.console import labelled, progress_bar
+from lragent_jax.sharing import SHARING_MODES
 
 
 def replay(
     file: Annotated[Path, typer.Argument(help="Recorded trajectories in JSON.", show_default=False)],
     model: options.Model,
     adapter: options.Adapters = [],  # noqa: B006  (read only)
-    modes: Annotated[str, typer.Option(help="Sharing modes, separated by commas.")] = "none,full,base,base_lr,pre_lr",
+    modes: Annotated[str, typer.Option(help="Sharing modes, separated by commas.")] = ",".join(SHARING_MODES),
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first trajectories of the file.", show_default=False)
     ] = None,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.kernels.lora_attention.dispatch import default_platform
+from lragent_jax.models.cache_view import HostOrDevice
 from lragent_jax.models.pytree import pytree
 
 CUDNN, XLA = "cudnn", "xla"
@@ -19,9 +20,9 @@ class PackedRows:
     The sequences of a row are numbered from 1 in the order they lie in.
     """
 
-    tokens: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
+    tokens: Int[HostOrDevice, "B T"]
+    positions: Int[HostOrDevice, "B T"]
+    segments: Int[HostOrDevice, "B T"]
 
     def mask(self) -> Bool[Array, "B 1 T T"]:
         """Which key belongs to the same sequence as which query; that keys come first is for attention to add."""

@@ -72,19 +72,23 @@ def write_peft(
     config: LlamaConfig,
     *,
     base_model: str | None = None,
+    alpha: float | None = None,
     force: bool = False,
 ) -> None:
     """Writes a folder that PEFT loads to the same mathematics, in f32; reading it back gives the same content hash.
 
-    The scale is in B already, so alpha equals r in every module. `base_model` is the name PEFT records for the base.
-    The folder appears whole or not at all. Raises `AdapterError` for an adapter that does not fit the model, and
-    `CheckpointError` for a folder that exists, unless `force` replaces it.
+    The scale is in B already, so alpha equals r in every module. With `alpha` that is written for the most common rank
+    r, and B as it was before alpha / r was folded in: the same numbers back only where that is a power of two, or up
+    to rounding. `base_model` is the name PEFT records for the base. The folder appears whole or not at all. Raises
+    `AdapterError` for an adapter that does not fit the model, and `CheckpointError` for a folder that exists, unless
+    `force` replaces it.
     """
     adapter.check_fits(config)
     pairs = {module: adapter.weights[p] for module, p in _modules(config, "model.").items() if p in adapter.weights}
     ranks = {module: pair.lora_a.shape[1] for module, pair in pairs.items()}
     [(rank, _)] = collections.Counter(ranks.values()).most_common(1)
     pattern = {module: other for module, other in ranks.items() if other != rank}
+    scale = np.float32(1 if alpha is None else alpha / rank)
     everywhere = len(pairs) == len(adapter.targets) * config.num_layers
     fields = {
         "peft_type": "LORA",
@@ -92,9 +96,9 @@ def write_peft(
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": rank if alpha is None else alpha,
         "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        "alpha_pattern": {module: other * float(scale) for module, other in pattern.items()} if alpha else pattern,
         "target_modules": [MODULES[t].split(".")[-1] for t in adapter.targets] if everywhere else list(pairs),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -106,7 +110,7 @@ def write_peft(
     tensors = {}
     for module, pair in pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(pair.lora_a.T)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b.T)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b.T) / scale
     with new_folder(folder, marker=CONFIG_FILE, force=force) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -1,0 +1,1 @@
+"""Trains LoRA agents for any base the engine loads."""

@@ -1,0 +1,241 @@
+"""One agent's training: steps, looks at validation examples, and states on disk."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lragent_jax.models.errors import LRAgentError
+from lragent_jax.training.checkpoints import TrainingCheckpoints
+from lragent_jax.training.examples import TokenSequence
+from lragent_jax.training.lora import Lora, joined
+from lragent_jax.training.loss_curve import LossCurve
+from lragent_jax.training.options import TrainingOptions
+from lragent_jax.training.packing import BatchShape, Packer, Step
+from lragent_jax.training.programs import Programs, StepMetrics, TrainState, learning_rate
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, what is going on)"""
+
+_STEPS_IN_FLIGHT = 8
+"""Steps that the device may have waiting before the host looks at their losses: enough that it never waits itself."""
+
+_DEFAULT_EPOCHS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentPlan:
+    """Everything that will be run for an agent, known before the first step."""
+
+    agent: str
+    packer: Packer
+    steps: Sequence[Step]
+    validation_packer: Packer | None
+    validation_steps: Sequence[Step]
+
+    @classmethod
+    def make(
+        cls,
+        agent: str,
+        sequences: Sequence[TokenSequence],
+        validation: Sequence[TokenSequence],
+        options: TrainingOptions,
+        row_multiple: int,
+    ) -> "AgentPlan":
+        sizes = {
+            "sequence_length": options.sequence_length,
+            "tokens_per_step": options.tokens_per_step,
+            "row_multiple": row_multiple,
+        }
+        packer = Packer(sequences, **sizes)
+        if options.steps is not None:
+            steps = list(itertools.islice(packer.steps(options.seed), options.steps))
+        else:
+            epochs = range(options.epochs or _DEFAULT_EPOCHS)
+            steps = [step for epoch in epochs for step in packer.epoch([options.seed, epoch])]
+        validation_packer = Packer(validation, **sizes) if validation else None
+        validation_steps = validation_packer.epoch(None) if validation_packer else []
+        return cls(agent, packer, steps, validation_packer, validation_steps)
+
+    @property
+    def packed(self) -> list[tuple[Packer, Sequence[Step]]]:
+        both = [(self.packer, self.steps), (self.validation_packer, self.validation_steps)]
+        return [(packer, steps) for packer, steps in both if packer is not None]
+
+    def num_tokens(self) -> int:
+        """Tokens that training runs, without padding."""
+        return sum(map(self.packer.num_tokens, self.steps))
+
+    def padding_share(self, shapes: Mapping[int, BatchShape]) -> float:
+        """The part of all slots that holds nothing."""
+        slots = sum(shapes[step.length].rows * step.length for step in self.steps)
+        return 1 - self.num_tokens() / slots
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentResult:
+    """What came of it. Losses are nats per output token; `train_loss` is the mean of the last tenth of the steps."""
+
+    steps: int
+    tokens: int
+    padding_share: float
+    seconds: float
+    tokens_per_second: float
+    train_loss: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+
+
+class AgentRun:
+    """Trains one agent under a plan, from where an earlier run of the same plan was cut off."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        plan: AgentPlan,
+        shapes: Mapping[int, BatchShape],
+        options: TrainingOptions,
+        *,
+        losses: Path,
+        checkpoints: TrainingCheckpoints,
+        progress: Progress,
+    ):
+        self._programs, self._plan, self._shapes, self._options = programs, plan, shapes, options
+        self._losses, self._checkpoints, self._progress = losses, checkpoints, progress
+        self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self._recent: collections.deque[float] = collections.deque(maxlen=max(1, len(plan.steps) // 10))
+        self._clock = _Clock()
+
+    def run(self, trainable: Lora, frozen: Lora) -> tuple[Lora, AgentResult]:
+        """Trains `trainable` beside `frozen`; returns all matrices. Raises `LRAgentError` where a loss is no number."""
+        state, frozen = self._programs.initial_state(trainable), self._programs.placed(frozen)
+        total = len(self._plan.steps)
+        done, state = self._checkpoints.restore(state) or (0, state)
+        self._curve = LossCurve(self._losses, done)
+        step_of = {length: self._compiled_step(length, frozen, state) for length in self._lengths}
+        validation = None if done else self._validate(0, state, frozen)
+        for number, step in enumerate(self._plan.steps[done:], start=done + 1):
+            batch = self._plan.packer.batch(step, self._shapes[step.length])
+            rate = learning_rate(self._options, number - 1, total)
+            self._clock.start()
+            state, metrics = step_of[step.length](state, batch, rate)
+            self._pending.append((number, metrics))
+            self._fetch(leave=_STEPS_IN_FLIGHT)
+            if number == total or number % self._validate_every == 0:
+                self._fetch(leave=0)
+                validation = self._validate(number, state, frozen)
+            if number < total and number % self._options.checkpoint_every == 0:
+                self._fetch(leave=0)
+                self._clock.stop()
+                self._checkpoints.save(number, state)
+        return joined(state.trainable, frozen), self._result(validation)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return sorted({step.length for step in self._plan.steps})
+
+    @property
+    def _validate_every(self) -> int:
+        return self._options.validate_every or max(1, len(self._plan.steps) // 10)
+
+    def _compiled_step(self, length: int, frozen: Lora, state: TrainState):
+        self._progress(0, 0, f"{self._plan.agent}: compiling for rows of {length} tokens")
+        return self._programs.step(self._shapes[length], frozen, state)
+
+    def _fetch(self, leave: int) -> None:
+        """Waits for the losses of all steps but the last few, and notes them."""
+        while len(self._pending) > leave:
+            number, metrics = self._pending.popleft()
+            loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+            if not math.isfinite(loss):
+                raise LRAgentError(
+                    f"the loss of {self._plan.agent} is {loss} at step {number}; a lower learning rate, or bfloat16 or "
+                    "float32 in place of float16, keeps it finite"
+                )
+            self._clock.count(self._plan.packer.num_tokens(self._plan.steps[number - 1]))
+            self._recent.append(loss)
+            rate = learning_rate(self._options, number - 1, len(self._plan.steps))
+            self._curve.add(
+                step=number, loss=loss, learning_rate=rate, gradient_norm=norm,
+                tokens_per_second=round(self._clock.tokens_per_second),
+            )  # fmt: skip
+            self._progress(
+                number, len(self._plan.steps),
+                f"{self._plan.agent}: loss {loss:.4f}, {self._clock.tokens_per_second:,.0f} tokens/s",
+            )  # fmt: skip
+
+    def _validate(self, number: int, state: TrainState, frozen: Lora) -> tuple[float, float] | None:
+        """(mean loss, share of output tokens that score best) over the validation examples."""
+        plan = self._plan
+        if plan.validation_packer is None:
+            return None
+        self._clock.stop()
+        self._progress(0, 0, f"{plan.agent}: validation")
+        weights, sums, count = joined(state.trainable, frozen), [], 0.0
+        for step in plan.validation_steps:
+            shape = self._shapes[step.length]
+            batch = plan.validation_packer.batch(step, shape)
+            sums.append(self._programs.evaluation(shape, weights)(weights, batch))
+            count += float(np.sum(batch.weights))
+        loss, hits = (
+            float(sum(np.asarray(part, np.float64) for part in parts)) / count for parts in zip(*sums, strict=True)
+        )
+        self._curve.add(step=number, validation_loss=loss, validation_accuracy=hits)
+        return loss, hits
+
+    def _result(self, validation: tuple[float, float] | None) -> AgentResult:
+        loss, accuracy = validation or (None, None)
+        return AgentResult(
+            steps=len(self._plan.steps),
+            tokens=self._plan.num_tokens(),
+            padding_share=round(self._plan.padding_share(self._shapes), 4),
+            seconds=round(self._clock.seconds, 3),
+            tokens_per_second=round(self._clock.tokens_per_second_in_all),
+            train_loss=float(np.mean(self._recent)),
+            validation_loss=loss,
+            validation_accuracy=accuracy,
+        )
+
+
+class _Clock:
+    """Tokens per second while steps are running; compiling, validating and saving do not count."""
+
+    def __init__(self):
+        self.seconds, self._tokens = 0.0, 0
+        self._started: float | None = None
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)
+
+    def start(self) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """Tokens of a step that has ended."""
+        self._tokens += tokens
+        self._advance()
+        self._recent.append((self.seconds, self._tokens))
+
+    def stop(self) -> None:
+        self._advance()
+        self._started = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the last steps."""
+        (before, tokens_before), (now, tokens) = self._recent[0], self._recent[-1]
+        return (tokens - tokens_before) / (now - before) if now > before else self.tokens_per_second_in_all
+
+    @property
+    def tokens_per_second_in_all(self) -> float:
+        return self._tokens / self.seconds if self.seconds else 0.0
+
+    def _advance(self) -> None:
+        if self._started is not None:
+            now = time.perf_counter()
+            self.seconds += now - self._started
+            self._started = now

@@ -1,0 +1,78 @@
+"""What is trained: one adapter's matrices, stacked over the layers."""
+
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lragent_jax.models.adapter import Adapter, LoraWeights
+from lragent_jax.models.adapter_bank import CACHED_TARGETS, TARGETS, LoraPair
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.training.options import TrainingOptions
+
+Lora = dict[str, dict[str, jax.Array]]
+"""By target and by "lora_a" [L, in_width, r] or "lora_b" [L, r, out_width]; f32, the scale not in it."""
+
+
+def initial_lora(config: LlamaConfig, options: TrainingOptions, agent: str) -> Lora:
+    """A uniform in ±1/sqrt(in_width), as PEFT draws it, and B zero; it depends on the seed and the agent's name."""
+    shapes, lora = config.projection_shapes(), {}
+    agent_key = int.from_bytes(hashlib.sha256(agent.encode()).digest()[:8], "big")
+    for target in options.targets:
+        in_width, out_width = shapes[target]
+        rng = np.random.default_rng([options.seed, agent_key, TARGETS.index(target)])
+        lora_a = rng.uniform(-1.0, 1.0, (config.num_layers, in_width, options.rank)) * in_width**-0.5
+        lora[target] = {
+            "lora_a": jnp.asarray(lora_a, jnp.float32),
+            "lora_b": jnp.zeros((config.num_layers, options.rank, out_width), jnp.float32),
+        }
+    return lora
+
+
+def shared_part(adapter: Adapter) -> Lora:
+    """A of the cached targets: what makes adapters one A-group."""
+    return {
+        target: {"lora_a": jnp.stack([pair.lora_a for (_, of), pair in adapter.weights.items() if of == target])}
+        for target in adapter.targets
+        if target in CACHED_TARGETS
+    }
+
+
+def without(lora: Lora, frozen: Lora) -> Lora:
+    """The matrices that `frozen` does not hold."""
+    return {
+        target: {name: array for name, array in matrices.items() if name not in frozen.get(target, {})}
+        for target, matrices in lora.items()
+    }
+
+
+def joined(trainable: Lora, frozen: Lora) -> Lora:
+    return {target: matrices | frozen.get(target, {}) for target, matrices in trainable.items()}
+
+
+def layer_pairs(lora: Lora, scale: float, dtype) -> tuple[dict[str, LoraPair], ...]:
+    """Per layer what the model takes, in its dtype, the scale folded into B."""
+
+    def layers(stacked: jax.Array) -> Sequence[jax.Array]:
+        # Its transpose is one concatenation, that of indexing a sum of as many padded arrays as there are layers.
+        return jax.lax.split(stacked.astype(dtype), (1,) * stacked.shape[0], axis=0)
+
+    by_target = {
+        target: zip(layers(matrices["lora_a"]), layers(matrices["lora_b"] * scale), strict=True)
+        for target, matrices in lora.items()
+    }
+    return tuple(
+        {target: LoraPair(*pair) for target, pair in zip(by_target, pairs, strict=True)}
+        for pairs in zip(*by_target.values(), strict=True)
+    )
+
+
+def to_adapter(lora: Lora, scale: float, source: str) -> Adapter:
+    """The trained matrices on the host, the scale folded into B."""
+    weights = {}
+    for target, matrices in lora.items():
+        lora_a, lora_b = np.asarray(matrices["lora_a"]), np.asarray(matrices["lora_b"]) * np.float32(scale)
+        weights |= {(layer, target): LoraWeights(lora_a[layer], lora_b[layer]) for layer in range(len(lora_a))}
+    return Adapter(weights, source=source)

@@ -1,0 +1,144 @@
+"""The compiled programs of a training: one step, and one look at validation examples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.llama import Llama, Params
+from lragent_jax.models.pytree import pytree
+from lragent_jax.models.tensor_parallel import WHOLE
+from lragent_jax.training.lora import Lora, joined, layer_pairs
+from lragent_jax.training.loss import loss_and_hits, summed_loss
+from lragent_jax.training.mesh import current_mesh, cut_into_rows, replicated
+from lragent_jax.training.options import Remat, TrainingOptions
+from lragent_jax.training.packing import Batch, BatchShape, empty_batch
+
+
+@pytree
+class TrainState:
+    """What a step changes: the matrices that are trained and AdamW's moments, f32, and its count of steps."""
+
+    trainable: Lora
+    optimizer: Any
+
+
+@pytree
+class StepMetrics:
+    """Mean loss per output token in nats, and the gradient's norm before it is clipped."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+
+
+def learning_rate(options: TrainingOptions, step: int, num_steps: int) -> float:
+    """The rate of a step, counted from 0: a straight line up, then half a cosine down."""
+    warmup = num_steps // 20 if options.warmup is None else min(options.warmup, num_steps)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    return options.learning_rate * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (num_steps - warmup)))
+
+
+class Programs:
+    """What runs on the device, for all agents of one training; compiled once per shape of batch.
+
+    The mesh that is current when it is made is used throughout.
+    """
+
+    def __init__(self, config: LlamaConfig, graphdef: nnx.GraphDef, params: Params, options: TrainingOptions):
+        self._config, self._graphdef, self._params, self._options = config, graphdef, params, options
+        self._dtype = jax.tree.leaves(params)[0].dtype
+        self._mesh = current_mesh()
+        # AdamW (arXiv 1711.05101) but for the rate, an argument: agents of other lengths share programs.
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(options.max_grad_norm),
+            optax.scale_by_adam(),
+            optax.add_decayed_weights(options.weight_decay),
+        )
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def placed(self, lora: Lora) -> Lora:
+        """On every device of the mesh."""
+        return replicated(lora, self._mesh)
+
+    def initial_state(self, trainable: Lora) -> TrainState:
+        trainable = self.placed(trainable)
+        return TrainState(trainable=trainable, optimizer=replicated(self._optimizer.init(trainable), self._mesh))
+
+    def step(
+        self, shape: BatchShape, frozen: Lora, state: TrainState
+    ) -> Callable[[TrainState, Batch, float], tuple[TrainState, StepMetrics]]:
+        """One step as (state, batch, learning rate) to (state, metrics); the state that goes in is used up.
+
+        Compiles it where no agent before this one had the same shapes.
+        """
+        key = "step", shape, jax.tree.structure(frozen)
+        if key not in self._compiled:
+            out_shardings = None if self._mesh is None else NamedSharding(self._mesh, WHOLE)
+            jitted = jax.jit(self._stepper(self._remat(shape)), donate_argnums=2, out_shardings=out_shardings)
+            batch = cut_into_rows(empty_batch(shape), self._mesh)
+            self._compiled[key] = jitted.lower(self._params, frozen, state, batch, np.float32(0)).compile()
+        compiled = self._compiled[key]
+
+        def run(state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, StepMetrics]:
+            return compiled(self._params, frozen, state, cut_into_rows(batch, self._mesh), np.float32(rate))
+
+        return run
+
+    def evaluation(self, shape: BatchShape, lora: Lora) -> Callable[[Lora, Batch], tuple[Array, Array]]:
+        """(lora, batch) to (summed loss, how many output tokens scored best); compiles it where it must."""
+        key = "evaluation", shape
+        if key not in self._compiled:
+            batch = cut_into_rows(empty_batch(shape), self._mesh)
+            self._compiled[key] = jax.jit(self._evaluate).lower(self._params, lora, batch).compile()
+        compiled = self._compiled[key]
+        return lambda lora, batch: compiled(self._params, lora, cut_into_rows(batch, self._mesh))
+
+    def _stepper(self, remat: Remat) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        def step(params: Params, frozen: Lora, state: TrainState, batch: Batch, rate) -> tuple[TrainState, StepMetrics]:
+            def total_loss(trainable: Lora) -> Array:
+                model, hidden = self._run(params, joined(trainable, frozen), batch, remat)
+                return summed_loss(model, hidden, batch)
+
+            total, gradient = jax.value_and_grad(total_loss)(state.trainable)
+            # Divided here and not in the loss: the backward pass, which may be in f16, works on ordinary numbers.
+            count = jnp.maximum(batch.weights.sum(), 1)
+            gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
+            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trainable)
+            updates = jax.tree.map(lambda leaf: -rate * leaf, updates)
+            metrics = StepMetrics(loss=total / count, gradient_norm=_norm(gradient))
+            trainable = jax.tree.map(jnp.add, state.trainable, updates)
+            return TrainState(trainable=trainable, optimizer=optimizer), metrics
+
+        return step
+
+    def _evaluate(self, params: Params, lora: Lora, batch: Batch) -> tuple[Array, Array]:
+        model, hidden = self._run(params, lora, batch, "blocks")
+        return loss_and_hits(model, hidden, batch)
+
+    def _run(self, params: Params, lora: Lora, batch: Batch, remat: Remat) -> tuple[Llama, Float[Array, "B T D"]]:
+        model = nnx.merge(self._graphdef, params)
+        saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        pairs = layer_pairs(lora, self._options.scale, self._dtype)
+        return model, model.packed(batch.rows, pairs, saveable=saveable, implementation=self._options.attention)
+
+    def _remat(self, shape: BatchShape) -> Remat:
+        """What the option says, or whether the products with weights take less than half of the device's memory."""
+        if self._options.remat is not None:
+            return self._options.remat
+        widths = sum(out_width for _, out_width in self._config.projection_shapes().values())
+        parts = 1 if self._mesh is None else self._mesh.size
+        saved = shape.rows * shape.length * self._config.num_layers * widths * self._dtype.itemsize // parts
+        memory = jax.devices()[0].memory_stats() or {}
+        return "dots" if 2 * saved < memory.get("bytes_limit", 0) else "blocks"
+
+
+def _norm(tree: Any) -> Float[Array, ""]:
+    return jnp.sqrt(sum((jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)), jnp.zeros(())))

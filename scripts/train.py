@@ -1,0 +1,52 @@
+"""Trains plan, action and reflect for one base model, in one of the kinds that the study compares.
+
+    python scripts/train.py MODEL DATA OUT [--kind shared_a] [--targets q,v] [--rank 8]
+
+DATA holds plan.jsonl, action.jsonl and reflect.jsonl, and beside each, if it is there, plan.validation.jsonl and so on.
+`lragent train` takes agents of any names and every option.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from lragent_jax import compilation_cache
+from lragent_jax.cli.console import progress_bar
+from lragent_jax.react import ROLES
+from lragent_jax.training.options import TrainingOptions
+from lragent_jax.training.trainer import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    for field in dataclasses.fields(TrainingOptions):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=_number_or_text)
+    arguments = vars(parser.parse_args())
+
+    model, data, out = (arguments.pop(name) for name in ("model", "data", "out"))
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    if "targets" in settings:
+        settings["targets"] = tuple(settings["targets"].split(","))
+    files = {role: data / f"{role}.jsonl" for role in ROLES}
+    held_out = {role: file for role in ROLES if (file := data / f"{role}.validation.jsonl").is_file()}
+    compilation_cache.enable()
+    with progress_bar() as progress:
+        results = train(model, files, out, validation=held_out, options=TrainingOptions(**settings), progress=progress)
+    print(json.dumps(results))
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    main()

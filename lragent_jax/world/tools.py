@@ -1,6 +1,5 @@
 """What agents can do in a world: Search and Lookup."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -43,9 +42,19 @@ class Tools:
         return self.search(argument) if tool == "Search" else self.lookup(argument)
 
     def _similar(self, argument: str) -> list[str]:
-        name = argument.rsplit(":", 1)[-1].strip()
-        names = [entity.name for entity in self._world.entities.values()]
-        return difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        wanted = _letter_pairs(argument.rsplit(":", 1)[-1])
+
+        def distance(name: str) -> float:
+            pairs = _letter_pairs(name)
+            return -len(wanted & pairs) / len(wanted | pairs)
+
+        return sorted((entity.name for entity in self._world.entities.values()), key=distance)[:3]
+
+
+def _letter_pairs(text: str) -> set[str]:
+    """What a text shares with one that it is a misspelling of."""
+    text = f" {normalised(text)} "
+    return {text[i : i + 2] for i in range(len(text) - 1)}
 
 
 def is_call(tool: Tool, argument: str) -> bool:

@@ -33,7 +33,7 @@ class TrainingOptions:
       checkpoint_every: steps between two states on disk.
       attention: one of `ATTENTION_IMPLEMENTATIONS`; None takes cuDNN's where it can run.
       remat: what the backward pass computes once more: "blocks" everything but the input of every block, "dots" only
-        what is no product with a weight. None takes "dots" where the device has the memory.
+        what is neither a product with a weight nor cuDNN's attention. None takes "dots" where the memory is there.
     """
 
     kind: Kind = "apart"

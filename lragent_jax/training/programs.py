@@ -125,7 +125,7 @@ class Programs:
 
     def _run(self, params: Params, lora: Lora, batch: Batch, remat: Remat) -> tuple[Llama, Float[Array, "B T D"]]:
         model = nnx.merge(self._graphdef, params)
-        saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        saveable = _products_and_attention if remat == "dots" else None
         pairs = layer_pairs(lora, self._options.scale, self._dtype)
         return model, model.packed(batch.rows, pairs, saveable=saveable, implementation=self._options.attention)
 
@@ -138,6 +138,13 @@ class Programs:
         saved = shape.rows * shape.length * self._config.num_layers * widths * self._dtype.itemsize // parts
         memory = jax.devices()[0].memory_stats() or {}
         return "dots" if 2 * saved < memory.get("bytes_limit", 0) else "blocks"
+
+
+def _products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps what is costly to compute again."""
+    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, which would run once more for its residuals
+        return True
+    return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params))
 
 
 def _norm(tree: Any) -> Float[Array, ""]:

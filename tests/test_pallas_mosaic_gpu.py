@@ -9,7 +9,7 @@ import pytest
 from attention_contract import BY_NAME, AttentionContract, Case, arguments, check, make_inputs, oracle
 
 from lragent_jax.kernels.interpret import interpreted
-from lragent_jax.kernels.lora_attention import lora_attention
+from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of the Hopper generation or newer")
@@ -44,6 +44,20 @@ class TestPagesOf128(AttentionContract):
 
     def adapt(self, case):
         return to_kernel(case, p=128, H=128)
+
+
+@on_hopper
+class TestManyQueries(AttentionContract):
+    """The kernel that prefills, which so few queries would not get."""
+
+    implementation = "pallas_mosaic_gpu"
+
+    @pytest.fixture(autouse=True)
+    def _prefill_always(self, monkeypatch):
+        monkeypatch.setattr(pallas_mosaic_gpu, "MAX_DECODE_ROWS", 0)
+
+    def adapt(self, case):
+        return to_kernel(case, p=64, H=128)
 
 
 @pytest.mark.skipif(

@@ -34,15 +34,9 @@ class BlockSizes:
             raise ValueError(f"{self}: num_stages must be at least 2, compute 1 or 2, programs at least 1")
 
 
-def heuristic(rows: int, r_k: int) -> BlockSizes:
-    """For that many (row, token) pairs, with low-rank keys of rank r_k.
-
-    One warpgroup keeps up with the memory where a block is one pair of products and one softmax. Reading several
-    agents' low-rank pages, or rebuilding keys, takes two.
-    """
-    if rows == 1 and not r_k:
-        return BlockSizes(num_stages=2, compute=1)
-    return BlockSizes(num_stages=3, compute=2)
+def heuristic(r_k: int) -> BlockSizes:
+    """With low-rank keys of rank r_k: rebuilding them takes two warpgroups, and else one keeps up with the memory."""
+    return BlockSizes(num_stages=3, compute=2) if r_k else BlockSizes(num_stages=2, compute=1)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "return_lse", "block_sizes", "interpret"))
@@ -71,7 +65,7 @@ def decode(
     block_sizes = (
         block_sizes
         or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank)
-        or heuristic(B * T, r_k)
+        or heuristic(r_k)
     )
     shapes = Shapes(
         T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),

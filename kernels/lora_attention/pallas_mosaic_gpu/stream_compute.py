@@ -1,6 +1,7 @@
 """The compute warpgroups of decode's streaming kernel: one online softmax per query row, and its record."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import (
     over_lanes,
     product,
 )
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import with_barrier
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import low_rank_block, with_barrier
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, LANES, Shapes
 
 # Scores of keys that a row does not see, far below the least maximum: exp2 of the difference is 0 however the products
@@ -29,17 +30,19 @@ class State(NamedTuple):
     """A warpgroup's online softmax, f32, in registers."""
 
     o: Float[Array, "64 H"]
-    o_lr: Float[Array, "64 r_v"] | None
+    o_lr: Float[Array, "64 joined*r_v"] | None  # [64, r_v] from `own_lanes` on
     m: Float[Array, " 64"]
     l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
 
 
 def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
     """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
-    H, r = shapes.H, shapes.r_v
+    H, r, width = shapes.H, shapes.r_v, shapes.joined * shapes.r_v
     start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
     limits = load(refs.limits.at[item], PER_ROW, optimized=False)
-    reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False) if r else None
+    if r:
+        reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False)
+        product_of_row = reader_of_row >> int(math.log2(shapes.joined))  # -1, no reader, stays -1
     if shapes.r_k:  # the queries stay in shared memory: rebuilding keys takes the registers
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
         plgpu.barrier_wait(refs.q_tiled_ready)
@@ -67,37 +70,51 @@ def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
         rescale = jnp.exp2(state.m - m)
         probs = jnp.exp2(scores * shapes.scale - over_lanes(m, BLOCK_KV))
         sums = state.l * rescale + probs.sum(axis=1)
-        o = product(probs.astype(refs.q.dtype), v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
+        probs = probs.astype(refs.q.dtype)
+        o = product(probs, v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
         o_lr = None
         if r:
-            o_lr = read_low_rank(state.o_lr * over_lanes(rescale, r), probs, j, stage, position, masked)
+            o_lr = read_low_rank(state.o_lr * over_lanes(rescale, width), probs, j, position, masked)
         plgpu.barrier_arrive(refs.read.at[stage])
         return State(o, o_lr, m, sums)
 
-    def read_low_rank(o_lr, probs, j, stage, position, masked):
+    def read_low_rank(o_lr, probs, j, position, masked):
         slots = shapes.page_slots
 
-        def one(u, o_lr):
-            at = stage * shapes.readers + u
-            with_barrier(refs.v_ready, j, u, shapes, plgpu.barrier_wait)
+        def one(n, o_lr):
+            at = low_rank_block(j, n, shapes.products, shapes)
+            with_barrier(refs.v_ready, j, n, shapes.products, shapes, plgpu.barrier_wait)
             if masked:
-                zero_low_rank(refs, at, refs.readers.limits[item, u] - position, shapes)
-            own = jnp.where(over_lanes(reader_of_row, BLOCK_KV) == u, probs, 0.0).astype(refs.q.dtype)
+                readers = [jnp.minimum(n * shapes.joined + u, shapes.readers - 1) for u in range(shapes.joined)]
+                zero_low_rank(refs, at, [refs.readers.limits[item, u] - position for u in readers], shapes)
+            own = jnp.where(over_lanes(product_of_row, BLOCK_KV) == n, probs, jnp.zeros((), probs.dtype))
             for i in range(shapes.pages_per_block):
                 part = own if slots == BLOCK_KV else own[:, i * slots : (i + 1) * slots]
                 page = refs.v_smem.at[at, i].transpose((1, 0))
                 o_lr = product(part, page, o_lr, interpret=shapes.interpret)
             return o_lr
 
-        return lax.fori_loop(0, refs.readers.count[item], one, o_lr)
+        num_products = lax.div(refs.readers.count[item] + shapes.joined - 1, jnp.int32(shapes.joined))
+        return lax.fori_loop(0, num_products, one, o_lr)
 
-    o_lr = full((BLOCK_Q, r), 0, WGMMA) if r else None
+    o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
     state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
     unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
     turn = jnp.int32(shapes.compute)
     unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
     state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
-    return lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
+    state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
+    return state._replace(o_lr=own_lanes(state.o_lr, reader_of_row, shapes)) if r else state
+
+
+def own_lanes(o_lr, reader_of_row, shapes: Shapes):
+    """Of the products with several readers' low-rank values each row's with its own; 0 for rows without."""
+    if shapes.joined == 1:
+        return o_lr
+    mine = jnp.where(reader_of_row < 0, -1, reader_of_row & (shapes.joined - 1))
+    r = shapes.r_v
+    parts = [jnp.where(over_lanes(mine, r) == n, o_lr[:, n * r : (n + 1) * r], 0.0) for n in range(shapes.joined)]
+    return functools.reduce(jnp.add, parts)
 
 
 def hand_over(refs, state: State):
@@ -173,7 +190,7 @@ def rebuild_keys(refs, e, stage, j, out, shapes: Shapes) -> None:
     """out = K_base + RoPE(L_k B_k) of the item's e-th adapter, half of the lanes at a time as RoPE pairs them."""
     half = shapes.H // 2
     low_lanes, high_lanes = pl.ds(0, half), pl.ds(half, half)
-    with_barrier(refs.k_ready, j, e, shapes, plgpu.barrier_wait)
+    with_barrier(refs.k_ready, j, e, shapes.readers, shapes, plgpu.barrier_wait)
     low_rank, b = refs.k_smem.at[stage * shapes.readers + e, 0].transpose((1, 0)), refs.b_smem.at[e]
     low = product(low_rank, b.at[:, low_lanes], interpret=shapes.interpret)
     high = product(low_rank, b.at[:, high_lanes], interpret=shapes.interpret)
@@ -195,27 +212,43 @@ def zero_values(values, held, H: int):
     plgpu.commit_smem()
 
 
-def zero_low_rank(refs, at, held, shapes: Shapes):
-    """The same for a block of low-rank values, through a flat view of the buffer.
+def zero_low_rank(refs, at, held: list, shapes: Shapes):
+    """The same for a block of low-rank values, each reader's own, through a flat view of the buffer.
 
     No register layout fits r < 64 rows of a swizzled buffer. Flat, it is plain: rows of `page_slots`, in which the
     number of a 16-byte chunk has the number of its 128-byte line added to it, bit by bit.
     """
-    dtype, size = refs.q.dtype, shapes.r_v * BLOCK_KV
-    if shapes.interpret:  # buffers have no layout there
-        slots = jnp.stack(
-            [jnp.full((shapes.r_v, shapes.page_slots), i * shapes.page_slots) for i in range(shapes.pages_per_block)]
+    dtype, rows = refs.q.dtype, shapes.joined * shapes.r_v
+    size = rows * BLOCK_KV
+
+    def unwritten(reader, slot):
+        return functools.reduce(
+            jnp.logical_or, ((reader == u) & (slot >= held_by_u) for u, held_by_u in enumerate(held))
         )
-        slots += lax.broadcasted_iota(jnp.int32, slots.shape, 2)
+
+    if shapes.interpret:  # buffers have no layout there
+        shape = (shapes.pages_per_block, rows, shapes.page_slots)
+        slots = jnp.stack([jnp.full(shape[1:], i * shapes.page_slots) for i in range(shapes.pages_per_block)])
+        slots += lax.broadcasted_iota(jnp.int32, shape, 2)
+        reader = lax.broadcasted_iota(jnp.int32, shape, 1) // shapes.r_v
         values = refs.v_smem.at[at]
-        values[...] = jnp.where(slots < held, values[...], jnp.zeros((), dtype))
+        values[...] = jnp.where(unwritten(reader, slots), jnp.zeros((), dtype), values[...])
     else:
-        layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(8, size // LANES))
-        byte = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) * 2
+        together = math.gcd(size, 8 * LANES)
+        layout = plgpu.Layout.WG_STRIDED((together,), vec_size=together // LANES)
         row_bytes = 2 * shapes.page_slots
-        byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
-        page = lax.div(byte, jnp.int32(shapes.r_v * row_bytes))
-        slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
-        flat = refs.v_flat.at[at]
-        flat[...] = jnp.where(slot < held, load(flat, layout), jnp.zeros((), dtype))
+
+        def some(turn, _):  # a loop, lest all its indices be worked out ahead and held in registers
+            first = turn * together
+            byte = (first + plgpu.broadcasted_iota(jnp.int32, (together,), 0, layout=layout)) * 2
+            byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
+            row = lax.div(byte, jnp.int32(row_bytes))
+            page = lax.div(row, jnp.int32(rows))
+            slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
+            reader = lax.div(row - page * rows, jnp.int32(shapes.r_v))
+            flat = refs.v_flat.at[at, pl.ds(first, together)]
+            flat[...] = jnp.where(unwritten(reader, slot), jnp.zeros((), dtype), load(flat, layout))
+            return
+
+        lax.fori_loop(0, size // together, some, None)
     plgpu.commit_smem()

@@ -1,5 +1,9 @@
 """The memory warpgroup of decode's streaming kernel: which pages come when, and where they go."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -8,54 +12,78 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import WGMMA, load
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, Shapes
 
+MAX_AHEAD = 16  # page ids of low-rank pages that registers hold a block ahead
+TOGETHER = 8  # readers beyond, looked up at a time
 
-def page_of_block(j, span, table, shapes: Shapes, i: int = 0):
-    """(page, its first slot that counts) of block j of the item's range; `i`: which of the block's pages.
+
+def page_of_block(j, span, table, shapes: Shapes, i: int):
+    """The page that holds block j of the item's range; `i`: which of them, where a block takes several.
 
     Columns past the range are read as its last: always a page that may be read, and its keys are masked.
     """
     first, end = span
-    if shapes.blocks_per_page == 1:
-        return table[jnp.minimum(first + j * shapes.pages_per_block + i, end - 1)], 0
     per_page = jnp.int32(shapes.blocks_per_page)
-    return table[first + lax.div(j, per_page)], lax.rem(j, per_page) * BLOCK_KV
+    column = first + (j * shapes.pages_per_block + i if shapes.blocks_per_page == 1 else lax.div(j, per_page))
+    return table[jnp.minimum(column, end - 1)]
 
 
-def with_barrier(ready, j, u, shapes: Shapes, use) -> None:
-    """use(the barrier that tells of reader u's low-rank pages of block j): of those whose turn block j is."""
+def first_slot(j, shapes: Shapes):
+    """Where in its page block j begins."""
+    return lax.rem(j, jnp.int32(shapes.blocks_per_page)) * BLOCK_KV
+
+
+def low_rank_block(j, product, products: int, shapes: Shapes):
+    """Which of the stages' low-rank buffers holds what product number `product` of block j reads."""
+    return lax.rem(j, jnp.int32(shapes.stages)) * products + product
+
+
+def with_barrier(ready, j, product, products: int, shapes: Shapes, use) -> None:
+    """use(the barrier that tells of such a buffer): of the warpgroup's whose turn block j is."""
     turn, own = lax.div(j, jnp.int32(shapes.compute)), lax.rem(j, jnp.int32(shapes.compute))
-    index = lax.rem(turn, jnp.int32(shapes.stages)) * shapes.readers + u
+    index = lax.rem(turn, jnp.int32(shapes.stages)) * products + product
     for warpgroup, barriers in enumerate(ready):
         pl.when(own == warpgroup)(lambda barriers=barriers: use(barriers.at[index]))
 
 
 def bring(refs, item, head, span, num_blocks, shapes: Shapes):
-    """The memory warpgroup: the item's queries, then block after block into the stage that was read longest ago."""
+    """The memory warpgroup: the item's queries, then block after block into the stage that was read longest ago.
+
+    Page ids are looked up a block ahead, so that what a lookup takes is over when its turn comes.
+    """
     for slot in range(shapes.R):
         row = jnp.maximum(refs.rows[item, slot], 0)
         plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
     leader = refs.meta[item, 2]
     if shapes.r_k:
         bring_expansion(refs, item, head)
+    low_rank = []
+    if shapes.r_v:
+        low_rank.append(LowRankFeed(refs, refs.readers, refs.low_rank_v, refs.v_smem, refs.v_ready, shapes.joined))
+    if shapes.r_k:
+        low_rank.append(LowRankFeed(refs, refs.expanders, refs.low_rank_k, refs.k_smem, refs.k_ready, 1))
+    rows = [feed.first_rows(item, shapes) for feed in low_rank]
 
-    def step(j, _):
+    def look_up(j):
+        base = [page_of_block(j, span, refs.table.at[leader], shapes, i) for i in range(shapes.pages_per_block)]
+        return base, [feed.look_up(own, j, span, shapes) for feed, own in zip(low_rank, rows, strict=True)]
+
+    def step(j, pages):
+        base, low_rank_pages = pages
         stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
         pl.when(j >= shapes.stages)(lambda: plgpu.barrier_wait(refs.read.at[stage]))
-        for i in range(shapes.pages_per_block):
-            page, start = page_of_block(j, span, refs.table.at[leader], shapes, i)
+        for i, page in enumerate(base):
             kv = refs.kv_smem.at[stage, pl.ds(i * shapes.page_slots, shapes.page_slots)]
-            slots = refs.base.at[page, head, pl.ds(start, shapes.page_slots)]
+            slots = refs.base.at[page, head, pl.ds(first_slot(j, shapes), shapes.page_slots)]
             plgpu.copy_gmem_to_smem(slots, kv, refs.kv_ready.at[ready])
         if shapes.r_k:
             position = span[0] * shapes.p + j * BLOCK_KV
             angles = refs.rope.at[pl.ds(position, BLOCK_KV)]
             plgpu.copy_gmem_to_smem(angles, refs.rope_smem.at[stage], refs.kv_ready.at[ready])
-            bring_low_rank(refs, refs.expanders, item, j, span, shapes, refs.low_rank_k, refs.k_smem, refs.k_ready)
-        if shapes.r_v:
-            bring_low_rank(refs, refs.readers, item, j, span, shapes, refs.low_rank_v, refs.v_smem, refs.v_ready)
-        return
+        for feed, own in zip(low_rank, low_rank_pages, strict=True):
+            feed.bring(item, j, span, own, shapes)
+        return look_up(j + 1)
 
-    lax.fori_loop(0, num_blocks, step, None)
+    lax.fori_loop(0, num_blocks, step, look_up(jnp.int32(0)))
 
 
 def bring_expansion(refs, item, head):
@@ -73,24 +101,85 @@ def bring_expansion(refs, item, head):
     plgpu.barrier_arrive(refs.q_tiled_ready)
 
 
-def bring_low_rank(refs, readers, item, j, span, shapes: Shapes, pool, smem, ready):
-    """A block of every reader's low-rank pages. Page ids are read some at a time: the reads' latencies overlap."""
-    count = readers.count[item]
-    together = min(8, shapes.readers)
+@dataclasses.dataclass(frozen=True)
+class LowRankFeed:
+    """Brings every reader's low-rank pages of one pool, block by block.
 
-    def some(turn, _):
-        for i in range(shapes.pages_per_block):
-            us = [turn * together + n for n in range(together)]
-            rows = [lax.div(readers.rows[item, jnp.minimum(u, count - 1)], jnp.int32(shapes.T)) for u in us]
-            pages = [page_of_block(j, span, refs.low_rank_table.at[row], shapes, i) for row in rows]
-            for u, (page, start) in zip(us, pages, strict=True):
-                at = lax.rem(j, jnp.int32(shapes.stages)) * shapes.readers + u
+    Page ids of the first readers come looked up; those of more readers than registers hold are looked up when their
+    turn comes, some at a time, so that the reads' latencies overlap.
+    """
 
-                @pl.when(u < count)
-                def _(at=at, u=u, page=page, start=start, i=i):
-                    slots = pool.at[page, :, pl.ds(start, shapes.page_slots)]
-                    with_barrier(ready, j, u, shapes, lambda told: plgpu.copy_gmem_to_smem(slots, smem.at[at, i], told))
+    refs: Any
+    readers: Any
+    pool: Any
+    smem: Any
+    ready: Any
+    joined: int  # readers whose blocks lie in one buffer, under one barrier
 
-        return
+    def ahead(self, shapes: Shapes) -> int:
+        """Readers whose page ids come looked up: whole buffers of them."""
+        pools = bool(shapes.r_v) + bool(shapes.r_k)
+        most = MAX_AHEAD // (shapes.pages_per_block * pools) // self.joined * self.joined
+        return min(shapes.readers, max(self.joined, most))
 
-    lax.fori_loop(0, lax.div(count + together - 1, jnp.int32(together)), some, None)
+    def rows_of(self, item, first, number: int, shapes: Shapes) -> list:
+        """The rows whose tables readers [first, first + number) follow; behind the last reader his again."""
+        last = self.readers.count[item] - 1
+        rows = [self.readers.rows[item, jnp.clip(first + n, 0, jnp.maximum(last, 0))] for n in range(number)]
+        return [lax.div(row, jnp.int32(shapes.T)) for row in rows]
+
+    def first_rows(self, item, shapes: Shapes) -> list:
+        return self.rows_of(item, 0, self.ahead(shapes), shapes)
+
+    def look_up(self, rows, j, span, shapes: Shapes) -> list[list]:
+        """Page ids of block j, a list per row."""
+        tables = [self.refs.low_rank_table.at[row] for row in rows]
+        return [[page_of_block(j, span, table, shapes, i) for i in range(shapes.pages_per_block)] for table in tables]
+
+    def bring(self, item, j, span, pages: list[list], shapes: Shapes) -> None:
+        """Block j of all readers; `pages` are those of the first of them."""
+        count, ahead = self.readers.count[item], len(pages)
+        for first in range(0, ahead, self.joined):
+            self._copy(jnp.int32(first), count, j, pages[first : first + self.joined], shapes)
+        if shapes.readers == ahead:
+            return
+        together = max(TOGETHER, self.joined)
+
+        def some(turn, _):
+            start = ahead + turn * together
+            looked_up = self.look_up(self.rows_of(item, start, together, shapes), j, span, shapes)
+            for n in range(0, together, self.joined):
+                self._copy(start + n, count, j, looked_up[n : n + self.joined], shapes)
+            return
+
+        lax.fori_loop(0, lax.div(jnp.maximum(count - ahead, 0) + together - 1, jnp.int32(together)), some, None)
+
+    def _copy(self, first, count, j, pages: list[list], shapes: Shapes) -> None:
+        """Blocks of the readers from `first` on into their buffer. For readers that are not there, only a sign."""
+        products, rank = -(-shapes.readers // self.joined), self.pool.shape[1]
+        product = lax.div(first, jnp.int32(self.joined))
+        buffer = self.smem.at[low_rank_block(j, product, products, shapes)]
+
+        def tell(use) -> None:
+            with_barrier(self.ready, j, product, products, shapes, use)
+
+        def bring_one(n: int) -> None:
+            for i, page in enumerate(pages[n]):
+                slots = self.pool.at[page, :, pl.ds(first_slot(j, shapes), shapes.page_slots)]
+                block = buffer.at[i, pl.ds(n * rank, rank)]
+                tell(functools.partial(plgpu.copy_gmem_to_smem, slots, block))
+
+        @pl.when(first < count)
+        def _():
+            bring_one(0)
+            for n in range(1, self.joined):
+                if n >= len(pages):  # the last buffer of all is not full
+                    missing = True
+                else:
+                    missing = first + n >= count
+                    pl.when(first + n < count)(lambda n=n: bring_one(n))
+
+                @pl.when(missing)
+                def _():
+                    for _ in range(shapes.pages_per_block):
+                        tell(plgpu.barrier_arrive)

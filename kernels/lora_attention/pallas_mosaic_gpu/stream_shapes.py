@@ -9,6 +9,7 @@ BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 ke
 LANES = 128  # threads of a warpgroup, one f32 each
 SMEM_BYTES = 227 * 1024
 MAX_BARRIERS = 32  # in one group
+PRODUCT_WIDTH = 128  # lanes of o_lr while streaming, all warpgroups' together: more would not fit the registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,21 @@ class Shapes:
         return self.stages * (1 if self.stages % self.compute == 0 else self.compute)
 
     @property
+    def joined(self) -> int:
+        """Readers whose low-rank values are multiplied at once, a power of two; a row's lanes are picked in the end.
+
+        Where keys are rebuilt, it is one: that takes the registers.
+        """
+        if not self.r_v or self.r_k:
+            return 1
+        return 1 << (min(self.readers, max(1, PRODUCT_WIDTH // self.compute // self.r_v)) - 1).bit_length()
+
+    @property
+    def products(self) -> int:
+        """How many such products all readers take."""
+        return -(-self.readers // self.joined)
+
+    @property
     def page_slots(self) -> int:
         """Slots of a page that one block takes."""
         return min(self.p, BLOCK_KV)
@@ -50,17 +66,22 @@ class Shapes:
     def smem_bytes(self) -> int:
         """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
         item = BLOCK_Q * 4 * (self.H + self.aux_width) + 4096
-        stage = BLOCK_KV * 2 * (2 * self.H + self.readers * (self.r_v + self.r_k))
+        low_rank = self.products * self.joined * self.r_v + self.readers * self.r_k
+        stage = BLOCK_KV * 2 * (2 * self.H + low_rank)
         if self.r_k:
             rebuilt = self.compute * BLOCK_KV if self.readers > 1 else 0
             item += 2 * self.H * (BLOCK_Q + rebuilt + self.readers * self.r_k)
             stage += BLOCK_KV * 2 * self.H
         return item + self.stages * stage
 
+    def low_rank_barriers(self) -> int:
+        """Of one warpgroup, for either pool."""
+        return self.stages * (self.readers if self.r_k else self.products)
+
     def fitted(self) -> "Shapes":
         """The same with fewer stages, then with fewer rows per item, so that shared memory and barriers suffice."""
         fits = self
-        while fits.smem_bytes() > SMEM_BYTES or fits.stages * fits.readers > MAX_BARRIERS:
+        while fits.smem_bytes() > SMEM_BYTES or fits.low_rank_barriers() > MAX_BARRIERS:
             if fits.stages > 2:
                 fits = dataclasses.replace(fits, stages=fits.stages - 1)
             else:
@@ -91,7 +112,6 @@ def tiled(*shape: int, dtype, swizzle: int = 128):
 def scratch(s: Shapes, dtype) -> dict:
     """The kernel's buffers and barriers by name."""
     swizzle = 64 if s.r_k and s.H == 64 else 128  # low-rank keys are added to halves of K
-    per_reader = [plgpu.Barrier(num_arrivals=s.pages_per_block, num_barriers=s.stages * s.readers)] * s.compute
     q_smem, o_smem = plgpu.SMEM((BLOCK_Q, s.H), dtype), plgpu.SMEM((BLOCK_Q, s.H), jnp.float32)
     buffers = {
         "kv_smem": tiled(s.stages, BLOCK_KV, 2 * s.H, dtype=dtype, swizzle=swizzle),
@@ -106,16 +126,16 @@ def scratch(s: Shapes, dtype) -> dict:
         "read": plgpu.Barrier(num_barriers=s.stages),
     }
     if s.r_v:
-        swizzled = tiled(
-            s.stages * s.readers, s.pages_per_block, s.r_v, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots
-        )
-        flat = plgpu.SMEM((s.stages * s.readers, s.r_v * BLOCK_KV), dtype)
-        buffers |= {"low_rank_values": plgpu.RefUnion(swizzled, flat), "v_ready": per_reader}
+        count, rows = s.stages * s.products, s.joined * s.r_v
+        swizzled = tiled(count, s.pages_per_block, rows, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots)
+        flat = plgpu.SMEM((count, rows * BLOCK_KV), dtype)
+        ready = plgpu.Barrier(num_arrivals=s.pages_per_block * s.joined, num_barriers=count)
+        buffers |= {"low_rank_values": plgpu.RefUnion(swizzled, flat), "v_ready": [ready] * s.compute}
     if s.r_k:
         buffers |= {
             "rope_smem": tiled(s.stages, BLOCK_KV, s.H, dtype=jnp.float16, swizzle=swizzle),
             "k_smem": tiled(s.stages * s.readers, 1, s.r_k, BLOCK_KV, dtype=dtype, swizzle=32),
-            "k_ready": per_reader,
+            "k_ready": [plgpu.Barrier(num_arrivals=1, num_barriers=s.stages * s.readers)] * s.compute,
             "b_smem": tiled(s.readers, s.r_k, s.H, dtype=dtype, swizzle=32),
             "b_ready": plgpu.Barrier(num_barriers=s.readers),
             "q_tiled": tiled(BLOCK_Q, s.H, dtype=dtype, swizzle=swizzle),

@@ -40,7 +40,7 @@ class DecodeState:
     finished: Bool[HostOrDevice, " B"]  # the host ends rows, too: at stop strings
 
 
-def _exact_matmuls(params: Params):
+def exact_matmuls(params: Params):
     """f32 weights mean f32 products; GPUs and TPUs would round their inputs to tf32 or bf16."""
     if jax.tree.leaves(params)[0].dtype == jnp.float32:
         return jax.default_matmul_precision("highest")
@@ -65,7 +65,7 @@ def prefill(
     `logits` of `unembed` turns hidden states of other positions into scores; rows without new tokens return
     numbers that mean nothing.
     """
-    with _exact_matmuls(params):
+    with exact_matmuls(params):
         model: Llama = nnx.merge(graphdef, params)
         hidden, base, low_rank = model(
             tokens, adapter_ids, table, bank, cache.base, cache.low_rank,
@@ -79,7 +79,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits (f32) of hidden states that `prefill` returned."""
-    with _exact_matmuls(params):
+    with exact_matmuls(params):
         return nnx.merge(graphdef, params).logits(hidden)
 
 
@@ -150,7 +150,7 @@ def decode(
         i, _, state, _, _ = carry
         return (i < num_steps) & ~jnp.all(state.finished)
 
-    with _exact_matmuls(params):
+    with exact_matmuls(params):
         model: Llama = nnx.merge(graphdef, params)
         out = jnp.full((batch, block), -1, jnp.int32)
         carry = (jnp.int32(0), out, state, table.kv_lens, cache)

@@ -141,19 +141,26 @@ class Workload:
         """The tree's shapes and dtypes, on every device."""
         return jax.tree.map(lambda x: self.array(*x.shape, dtype=x.dtype), tree)
 
-    def lower(self, program: str) -> jax.stages.Lowered:
-        """`program` ("prefill" or "decode") of the batch, ready to be compiled; its caches are donated."""
-        graphdef, params = self.params()
-        args = (graphdef, params, self.bank(), self.cache())
-        ids, table = self.ints(self.batch), self.table()
+    def caches(self) -> list[Any]:
+        """The pools of each kind of cache, of all layers."""
+        cache = self.cache()
+        return [pools for pools in (cache.base.kv, cache.low_rank.v, cache.low_rank.k) if pools]
+
+    def arguments(self, program: str) -> tuple[Any, ...]:
+        """Those of `program` ("prefill" or "decode") behind the graphdef."""
+        ids, table, shared = self.ints(self.batch), self.table(), (self.params()[1], self.bank(), self.cache())
+        if program == "prefill":
+            return (*shared, self.ints(self.batch, self.tokens), ids, table)
         sampling = self.everywhere(sampling_arrays([], [], (), self.batch))
+        return (*shared, self.state(), sampling, ids, table, self.ints())
+
+    def lower(self, program: str) -> jax.stages.Lowered:
+        """`program` of the batch, ready to be compiled; its caches are donated."""
+        args = (self.params()[0], *self.arguments(program))
         with jax.set_mesh(self.mesh):
             if program == "prefill":
-                tokens = self.ints(self.batch, self.tokens)
-                return generation.prefill.lower(*args, tokens, ids, table, implementation=self.implementation)
-            return generation.decode.lower(
-                *args, self.state(), sampling, ids, table, self.ints(), block=32, implementation=self.implementation
-            )
+                return generation.prefill.lower(*args, implementation=self.implementation)
+            return generation.decode.lower(*args, block=32, implementation=self.implementation)
 
     def state(self) -> DecodeState:
         def start() -> DecodeState:
@@ -211,8 +218,10 @@ class KernelShape:
         q, base = self.array(B, self.T, self.N, self.H), self.array(P, self.K, p, 2 * self.H)
         return q, base, low_rank, lora_b if adapted else None, table, ints(B) if adapted else None, inv_freq
 
-    def pools(self) -> tuple:
-        return self.arguments()[1:3]
+    def caches(self) -> list[Any]:
+        """The pools."""
+        _, base, low_rank, *_ = self.arguments()
+        return [base, *(pool for pool in low_rank or () if pool is not None)]
 
     def lower(self) -> jax.stages.Lowered:
         def attend(*args):

@@ -59,8 +59,17 @@ def kernel_vmem(compiled: jax.stages.Compiled) -> dict[str, int]:
     return found
 
 
-def report(compiled: jax.stages.Compiled, pools, hbm: int) -> dict:
-    """Everything, for one device with `hbm` bytes of memory; outputs that are donated arguments count once."""
+def device_bytes(tree) -> int:
+    """What one device holds of the arrays, without padding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def report(compiled: jax.stages.Compiled, arguments, caches, hbm: int) -> dict:
+    """Everything, for one device with `hbm` bytes of memory; outputs that are donated arguments count once.
+
+    arguments: of the program, with shardings; caches: the pools of each kind of cache among them. padding: bytes that
+    the arguments take beyond their elements.
+    """
     memory = compiled.memory_analysis()
     assert memory is not None
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -68,12 +77,26 @@ def report(compiled: jax.stages.Compiled, pools, hbm: int) -> dict:
     used = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes + code
     return {
         "arguments": memory.argument_size_in_bytes,
+        "padding": memory.argument_size_in_bytes - device_bytes(arguments),
         "donated": memory.alias_size_in_bytes,
         "outputs": outputs,
         "temporaries": memory.temp_size_in_bytes,
+        "smallest_cache": min(map(device_bytes, caches)),
         "code": code,
         "hbm_share": used / hbm,
         "vmem": kernel_vmem(compiled),
         "collectives": collectives(compiled),
-        "cache_copies": len(cache_copies(compiled, pools)),
+        "cache_copies": len(cache_copies(compiled, caches)),
     }
+
+
+def faults(result: dict) -> list[str]:
+    """What must not be, of a program with this report."""
+    found = [] if result["hbm_share"] <= 1 else [f"it needs {result['hbm_share']:.0%} of HBM"]
+    if result["cache_copies"]:
+        found.append(f"{result['cache_copies']} operations copy a pool")
+    if result["temporaries"] >= result["smallest_cache"]:
+        found.append(f"{result['temporaries']:,} bytes of temporaries, and a cache of {result['smallest_cache']:,}")
+    if result["padding"] > 2**20 + 2**-10 * result["arguments"]:  # tiles of small arrays
+        found.append(f"{result['padding']:,} bytes of padding in its arguments")
+    return found

@@ -72,7 +72,7 @@ def write_peft(
     config: LlamaConfig,
     *,
     base_model: str | None = None,
-    alpha: float | None = None,
+    alpha: int | float | None = None,
     force: bool = False,
 ) -> None:
     """Writes a folder that PEFT loads to the same mathematics, in f32; reading it back gives the same content hash.

@@ -99,7 +99,7 @@ class RunFolder:
         agent: str,
         adapter: Adapter,
         config: LlamaConfig,
-        alpha: float,
+        alpha: int | float,
         base_model: str | None,
         result: AgentResult,
     ) -> dict[str, Any]:

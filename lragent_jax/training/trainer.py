@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import Params
 from lragent_jax.models.weights import weight_dtype
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.training.agent_run import AgentPlan, AgentRun, Progress
-from lragent_jax.training.examples import TokenSequence, file_hash, read_examples, tokenize
+from lragent_jax.training.examples import file_hash, read_examples, tokenize
 from lragent_jax.training.lora import Lora, initial_lora, shared_part, to_adapter, without
 from lragent_jax.training.mesh import current_mesh, num_data_parts, weight_shardings
 from lragent_jax.training.options import TrainingOptions
@@ -58,6 +57,8 @@ def train(
     if unknown := [name for name in validation if name not in agents]:
         raise InputError(f"there are validation examples for {', '.join(unknown)}, who is not trained")
     folder, config = RunFolder(out), read_config(model)
+    progress(0, 0, "reading the examples")
+    examples, held_out = ({name: read_examples(path) for name, path in files.items()} for files in (agents, validation))
     settings = options.settings() | {
         "agents": list(agents),
         "data": {name: file_hash(path) for name, path in agents.items()},
@@ -65,11 +66,15 @@ def train(
         "model": dataclasses.asdict(config),
     }
     folder.check(settings)
-    progress(0, 0, "reading the examples")
     tokenizer, mesh = _tokenizer(model), current_mesh()
-    read = {"train": _sequences(agents, tokenizer, config), "validation": _sequences(validation, tokenizer, config)}
     plans = [
-        AgentPlan.make(agent, read["train"][agent], read["validation"].get(agent, []), options, num_data_parts(mesh))
+        AgentPlan.make(
+            agent,
+            tokenize(examples[agent], tokenizer, config),
+            tokenize(held_out.get(agent, []), tokenizer, config),
+            options,
+            num_data_parts(mesh),
+        )
         for agent in agents
     ]
     shapes = batch_shapes([packed for plan in plans for packed in plan.packed])
@@ -103,10 +108,6 @@ def _tokenizer(model: str | os.PathLike) -> Tokenizer:
     if tokenizer is None:
         raise InputError(f"{model} came without a tokenizer: the text of the examples cannot be read")
     return tokenizer
-
-
-def _sequences(files: DataFiles, tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, list[TokenSequence]]:
-    return {name: tokenize(read_examples(path), tokenizer, config) for name, path in files.items()}
 
 
 def _fingerprint(params: Params) -> str:

@@ -1,0 +1,281 @@
+"""Agents are trained, cut off, gone on with and written, on a task that a tiny model learns."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from text_models import CONFIG, tokenizer, write_text_model
+from tolerances import assert_close
+from training_data import lines, write_lines
+
+from lragent_jax.engine import Engine
+from lragent_jax.models.adapter_checkpoint import restore_adapter
+from lragent_jax.models.errors import CheckpointError, ConfigError, InputError, LRAgentError
+from lragent_jax.models.peft import read_peft
+from lragent_jax.training.checkpoints import TrainingCheckpoints
+from lragent_jax.training.loss_curve import LossCurve, read_losses
+from lragent_jax.training.options import TrainingOptions
+from lragent_jax.training.programs import learning_rate
+from lragent_jax.training.trainer import train
+
+SETTINGS: dict[str, Any] = {
+    "kind": "shared_a", "rank": 4, "alpha": 6, "targets": ("q", "v"), "steps": 40, "tokens_per_step": 128,
+    "sequence_length": 64, "learning_rate": 2e-2, "dtype": "float32", "checkpoint_every": 16, "validate_every": 15,
+}  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("training")
+    return {
+        "model": write_text_model(folder / "model"),
+        "plan": write_lines(folder / "plan.jsonl", lines()),
+        "action": write_lines(folder / "action.jsonl", lines(shift=1)),
+    }
+
+
+def run(files: dict[str, Path], out: Path, progress=None, **changes) -> dict[str, dict[str, Any]]:
+    agents = {name: files[name] for name in ("plan", "action")}
+    options = TrainingOptions(**SETTINGS | changes)
+    return train(
+        files["model"], agents, out,
+        validation={"action": files["action"]}, options=options, base_model="some/base", progress=progress,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("out") / "agents"
+    return out, run(files, out)
+
+
+def losses(out: Path, agent: str) -> list[dict[str, Any]]:
+    """What does not depend on the clock."""
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"}
+        for line in read_losses(out / agent / "losses.jsonl")
+    ]
+
+
+def test_losses_go_down(trained):
+    out, results = trained
+    for agent in ("plan", "action"):
+        curve = [line["loss"] for line in losses(out, agent) if "loss" in line]
+        assert len(curve) == SETTINGS["steps"]
+        assert curve[-1] < 0.5 * curve[0]
+        assert_close(results[agent]["train_loss"], np.mean(curve[-4:]), "equal")
+    seen = [line["step"] for line in losses(out, "action") if "validation_loss" in line]
+    assert seen == [0, 15, 30, 40]
+    assert results["action"]["validation_loss"] < 0.5 * losses(out, "action")[0]["validation_loss"]
+    assert results["plan"]["validation_loss"] is None
+    assert not (out / "checkpoints").exists()
+
+
+def test_shared_a_stays_as_it_is(trained):
+    out, results = trained
+    plan, action = (load_file(out / agent / "adapter_model.safetensors") for agent in ("plan", "action"))
+    assert plan.keys() == action.keys()
+    for name in plan:
+        same = np.array_equal(plan[name], action[name])
+        assert same == name.endswith("v_proj.lora_A.weight"), name
+    assert results["plan"]["a_group"] == results["action"]["a_group"] is not None
+
+
+def test_an_engine_reads_what_was_written(trained, files):
+    """With alpha / r = 1.5 as PEFT sees it, and folded in; the engine's losses are those that training saw."""
+    out, results = trained
+    fields = json.loads((out / "plan" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"], fields["base_model_name_or_path"]) == (4, 6, "some/base")
+    adapter = read_peft(out / "plan", CONFIG)
+    assert adapter.content_hash == restore_adapter(out / "plan.orbax").content_hash == results["plan"]["content_hash"]
+    stored = load_file(out / "plan" / "adapter_model.safetensors")
+    b = stored["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    np.testing.assert_array_equal(adapter.weights[1, "v"].lora_b, b.T * np.float32(1.5))
+    engine = Engine.from_pretrained(
+        files["model"], {"action": out / "action"}, dtype="float32", sharing="none", num_pages=32, page_size=16,
+        prefill_buckets=(32,),
+    )  # fmt: skip
+    of_tokens, right = [], []
+    for line in lines(shift=1):
+        ids = tokenizer().encode(line["output"])
+        with engine.trajectory().append(line["input"]) as trajectory:
+            scores = engine.score(trajectory, ids, "action").astype(np.float64)
+        of_tokens += [
+            np.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for row, i in zip(scores, ids, strict=True)
+        ]
+        right += (scores.argmax(-1) == ids).tolist()
+    assert_close(results["action"]["validation_loss"], np.mean(of_tokens), "equal")
+    assert results["action"]["validation_accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_killed_and_called_again_it_is_the_same(trained, files, tmp_path):
+    out, results = trained
+
+    def kill(done: int, total: int, what: str) -> None:
+        if what.startswith("action: loss") and done == 25:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(files, tmp_path / "agents", kill)
+    assert (tmp_path / "agents" / "checkpoints" / "action" / "step_16").is_dir()
+    assert len(read_losses(tmp_path / "agents" / "action" / "losses.jsonl")) > 16
+    started: list[str] = []
+    again = run(files, tmp_path / "agents", lambda done, total, what: started.append(f"{done} {what}"))
+    assert [text for text in started if text.startswith("17 action: loss")]
+    assert [text for text in started if text.startswith("16 action: loss") or "plan" in text] == []
+    for agent in ("plan", "action"):
+        assert losses(tmp_path / "agents", agent) == losses(out, agent)
+        assert again[agent]["content_hash"] == results[agent]["content_hash"]
+
+
+def test_finished_agents_are_not_trained_again(trained, files):
+    out, results = trained
+    told: list[str] = []
+    assert run(files, out, lambda done, total, what: told.append(what)) == results
+    assert not [what for what in told if "loss" in what or "compiling" in what]
+
+
+def test_other_settings_in_the_same_folder_are_refused(trained, files, tmp_path):
+    out, _ = trained
+    with pytest.raises(CheckpointError, match="other settings") as caught:
+        run(files, out, learning_rate=1e-3, targets=("q",), validate_every=1)
+    assert str(caught.value).splitlines()[1:] == [
+        '  - targets: ["q", "v"] there, ["q"] now',
+        "  - learning_rate: 0.02 there, 0.001 now",
+    ]
+    other = write_lines(tmp_path / "plan.jsonl", lines(shift=2))
+    with pytest.raises(CheckpointError, match=r"data\.plan: "):
+        run(files | {"plan": other}, out)
+    weights = load_file(files["model"] / "model.safetensors")
+    model = write_text_model(tmp_path / "model")
+    from safetensors.numpy import save_file
+
+    save_file({name: 2 * w for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="weights: "):
+        run(files | {"model": model}, out)
+
+
+def test_folders_that_hold_something_else_are_refused(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="holds other things"):
+        run(files, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run(files, tmp_path / "out" / "notes.txt")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "checkpoints", "plan.orbax"])
+def test_names_that_make_no_folder_are_refused(files, tmp_path, name):
+    with pytest.raises(InputError, match="call the agent something else"):
+        train(files["model"], {name: files["plan"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_on_is_refused(files, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="there is no agent"):
+        train(files["model"], {}, out)
+    with pytest.raises(InputError, match="validation examples for plam, who is not trained"):
+        train(files["model"], {"plan": files["plan"]}, out, validation={"plam": files["plan"]})
+    bad = write_lines(tmp_path / "bad.jsonl", [*lines(), {"input": "a", "output": ""}])
+    with pytest.raises(InputError, match=r"bad\.jsonl:9: the output is empty"):
+        train(files["model"], {"plan": bad}, out)
+    with pytest.raises(InputError, match=r"bad\.jsonl:9: the output is empty"):
+        train(files["model"], {"plan": files["plan"]}, out, validation={"plan": bad})
+    mute = write_text_model(tmp_path / "mute")
+    (mute / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="came without a tokenizer"):
+        train(mute, {"plan": files["plan"]}, out)
+    with pytest.raises(InputError, match="there is no file"):
+        train(files["model"], {"plan": tmp_path / "none.jsonl"}, out)
+    with pytest.raises(CheckpointError, match="no model"):
+        train(tmp_path / "nowhere", {"plan": files["plan"]}, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1"),
+        ({"rank": True}, "rank must be a whole number"),
+        ({"targets": ("q", "w")}, "unknown targets: w; there are: q, k, v"),
+        ({"targets": ()}, "targets is empty"),
+        ({"kind": "together"}, "kind must be one of apart, shared_a"),
+        ({"steps": 0}, "steps must be"),
+        ({"alpha": float("inf")}, "alpha must be a positive number"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"sequence_length": 100}, "multiple of 64"),
+        ({"warmup": -1}, "warmup must be"),
+        ({"remat": "all"}, "remat must be one of"),
+        ({"attention": "flash"}, "attention must be one of cudnn, xla"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(changes, problem):
+    with pytest.raises(InputError, match=problem):
+        TrainingOptions(**changes)
+
+
+def test_a_dtype_that_weights_cannot_have_is_refused():
+    with pytest.raises(ConfigError, match="int8"):
+        TrainingOptions(dtype="int8")
+
+
+def test_a_loss_that_is_no_number_ends_it(files, tmp_path):
+    with pytest.raises(LRAgentError, match=r"the loss of plan is .* a lower learning rate"):
+        train(
+            files["model"], {"plan": files["plan"]}, tmp_path / "out",
+            options=TrainingOptions(**SETTINGS | {"learning_rate": 1e30, "max_grad_norm": 1e30, "weight_decay": 1e9}),
+        )  # fmt: skip
+
+
+def test_the_rate_rises_and_falls():
+    options = TrainingOptions(learning_rate=1.0, warmup=4)
+    rates = [learning_rate(options, step, 12) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+    assert_close(rates[8], 0.5, "equal")
+    assert learning_rate(TrainingOptions(learning_rate=1.0, warmup=50), 11, 12) == 1.0  # never reached its fall
+
+
+def test_states_on_disk(tmp_path):
+    checkpoints = TrainingCheckpoints(tmp_path / "states")
+    state = {"a": np.arange(3, dtype=np.float32), "b": (np.int32(5), {"c": np.eye(2, dtype=np.float32)})}
+    import jax
+
+    like = jax.tree.map(jax.numpy.zeros_like, state)
+    assert checkpoints.restore(like) is None
+    for step in (4, 8, 12):
+        checkpoints.save(step, jax.tree.map(lambda leaf, step=step: jax.numpy.asarray(leaf) + step, state))
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["step_12", "step_8"]
+    (tmp_path / "states" / ".step_16.draft").mkdir()  # what a kill in the middle of a save leaves
+    found = checkpoints.restore(like)
+    assert found is not None
+    assert found[0] == 12
+    jax.tree.map(lambda got, want: np.testing.assert_array_equal(got, want + 12), found[1], state)
+    with pytest.raises(CheckpointError, match="array 0 is"):
+        checkpoints.restore(like | {"a": jax.numpy.zeros(4)})
+    checkpoints.clear()
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_loss_file_goes_on_where_the_state_is(tmp_path):
+    path = tmp_path / "agent" / "losses.jsonl"
+    curve = LossCurve(path, 0)
+    for step in range(1, 6):
+        curve.add(step=step, loss=1.0 / step)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    LossCurve(path, 3).add(step=4, loss=0.5)
+    assert [line["step"] for line in read_losses(path)] == [1, 2, 3, 4]
+    LossCurve(path, 0)
+    assert read_losses(path) == []

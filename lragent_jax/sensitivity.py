@@ -23,7 +23,6 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.llama import LayerAdapters, Llama
 from lragent_jax.models.rope import inverse_frequencies, rotation
-from lragent_jax.react import Role
 from lragent_jax.recording import Recording
 
 _PAGE_SIZE = 64
@@ -34,7 +33,7 @@ def critical_layers(
     config: LlamaConfig,
     graphdef,
     params,
-    adapters: Mapping[Role, Adapter | None],
+    adapters: Mapping[str, Adapter | None],
     recordings: Sequence[Recording],
     *,
     share: float = 1 / 3,
@@ -59,7 +58,7 @@ def layer_drift(
     config: LlamaConfig,
     graphdef,
     params,
-    adapters: Mapping[Role, Adapter | None],
+    adapters: Mapping[str, Adapter | None],
     recordings: Sequence[Recording],
     *,
     implementation: str | None = None,
@@ -114,7 +113,7 @@ class _Reading:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, recording: Recording, roles: Sequence[Role]) -> "_Reading":
+    def of(cls, recording: Recording, roles: Sequence[str]) -> "_Reading":
         ids = [token for part in recording.parts for token in part.ids]
         first_runner = np.zeros(_padded(len(ids)), np.int32)
         outputs: list[tuple[int, int]] = []
@@ -242,8 +241,8 @@ def _bank(config: LlamaConfig, adapters: Sequence[Adapter | None], dtype) -> tup
 
 
 def _checked_roles(
-    config: LlamaConfig, adapters: Mapping[Role, Adapter | None], recordings: Sequence[Recording]
-) -> list[Role]:
+    config: LlamaConfig, adapters: Mapping[str, Adapter | None], recordings: Sequence[Recording]
+) -> list[str]:
     """The roles that speak, in the order of the adapters."""
     if not recordings:
         raise InputError("there is nothing to measure: no recording was given")

@@ -267,6 +267,8 @@ def test_info_counts_what_a_model_and_its_cache_take(model, folders):
         "base": base + 3 * low_rank,
         "base_lr": base + 3 * low_rank,
         "pre_lr": base + 3 * low_rank,
+        "rebase": base + 3 * low_rank,
+        "droidspeak": (base + 3 * base) // 2,  # one of two layers for each agent
     }
     assert set(described["cache_bytes_per_token"]) == set(SHARING_MODES)
     assert described["adapters"]["plan"]["ranks"] == {"q": 4, "v": 4}
@@ -288,13 +290,13 @@ def test_info_describes_adapters(model, folders, tmp_path):
     assert "is an adapter itself" in fail("info", folders["plan"], *agent_options(folders), code=2)
 
 
-def test_the_demo_runs_every_mode(model, monkeypatch):
+def test_the_demo_runs_its_modes(model, monkeypatch):
     monkeypatch.setattr(demo, "find_model", lambda: model)
     monkeypatch.setattr(demo, "demo_trajectories", lambda: TRAJECTORIES)
     out = succeed("demo")
     assert "Three agents" in out
     figures = json.loads(out.splitlines()[-1])["modes"]
-    assert list(figures) == list(SHARING_MODES)
+    assert list(figures) == list(demo.DEMO_MODES)
     assert figures["base_lr"]["prefilled_tokens"] == figures["full"]["prefilled_tokens"]
     assert figures["none"]["prefilled_tokens"] > 2 * figures["full"]["prefilled_tokens"]
 

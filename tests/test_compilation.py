@@ -19,8 +19,9 @@ QUESTION = [(7 * i + 3) % 128 for i in range(45)]
 @pytest.mark.parametrize("mode", ["none", "base", "pre_lr", "rebase", "droidspeak"])
 def test_nothing_compiles_after_warmup(mode):
     # A size that no other test uses, or their programs would hide what warm-up forgot.
-    pages = {"num_pages": 57, "num_low_rank_pages": 99, "num_recomputed_pages": 81}
-    engine = tiny_engine(mode, tokenizer=ascii_tokenizer(), max_adapters=4, **pages)
+    engine = tiny_engine(
+        mode, tokenizer=ascii_tokenizer(), num_pages=57, num_low_rank_pages=99, num_recomputed_pages=81, max_adapters=4
+    )
     steps = []
     engine.warmup(max_batch_size=2, progress=lambda done, total, what: steps.append((done, total)))
     assert steps[0][0] == 0

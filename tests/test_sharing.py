@@ -342,8 +342,9 @@ STEP = st.one_of(
 @given(data=st.data())
 def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data):
     """Append, run, fork, roll back, reload and close at random, in a pool that is sometimes too small."""
-    pages = {"num_pages": 24, "num_low_rank_pages": 40, "num_recomputed_pages": 30}
-    engine = tiny_engine(mode, recompute_layers=own_layers, **pages)
+    engine = tiny_engine(
+        mode, recompute_layers=own_layers, num_pages=24, num_low_rank_pages=40, num_recomputed_pages=30
+    )
     oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode, own_layers)
     steps = data.draw(st.lists(STEP, max_size=14))
     trajectories = [engine.trajectory().append(QUESTION[:11])]
@@ -371,12 +372,14 @@ def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data
                 assert trajectory.token_ids == context.ids
                 outs = []
             for got, (_, read, agent) in zip(outs, rows, strict=False):
-                want, num_prefilled = oracle.output(read, scored if name == "score" else got.token_ids, agent)
+                assert got is not None
+                ids = scored if isinstance(got, ScoreOutput) else got.token_ids
+                want, num_prefilled = oracle.output(read, ids, agent)
                 assert got.num_prefilled_tokens == num_prefilled
                 if isinstance(got, ScoreOutput):
                     assert_close(got.logits, want, "oracle")
                 else:
-                    chosen = np.take_along_axis(want, np.array(got.token_ids)[:, None], 1)[:, 0]
+                    chosen = np.take_along_axis(want, np.array(ids)[:, None], 1)[:, 0]
                     assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
             for beside, *_ in rows[1:]:
                 beside.close()

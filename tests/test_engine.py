@@ -31,6 +31,10 @@ def engine() -> Engine:
     return tiny_engine("base_lr", tokenizer=ascii_tokenizer())
 
 
+# How a token is run, written and read, in every way there is.
+KINDS = ("base_lr", "rebase", "droidspeak")
+
+
 def all_free(engine: Engine) -> bool:
     return engine.cache_stats().bytes_used == 0
 
@@ -49,7 +53,9 @@ def test_generated_tokens_join_and_the_last_one_is_run_by_the_next_reader(engine
     assert 0 < first.ttft_s <= first.latency_s
 
 
-def test_generation_is_scoring_one_token_after_the_other(engine):
+@pytest.mark.parametrize("mode", KINDS)
+def test_generation_is_scoring_one_token_after_the_other(mode):
+    engine = tiny_engine(mode)
     a = engine.trajectory().append(QUESTION)
     b = engine.trajectory().append(QUESTION)
     out = engine.generate(a, "reflect", max_new_tokens=11)
@@ -77,9 +83,11 @@ def test_eos_ends_without_joining(engine):
     assert engine.generate(trajectory, "plan", max_new_tokens=1).num_prefilled_tokens == 1
 
 
-@pytest.mark.parametrize("decode_block", [1, 3, 16])
-def test_a_stop_string_leaves_the_same_state_whatever_the_block(decode_block):
-    engine = tiny_engine("base_lr", tokenizer=ascii_tokenizer(), decode_block=decode_block)
+@pytest.mark.parametrize(
+    ("mode", "decode_block"), [("base_lr", 1), ("base_lr", 3), ("base_lr", 16), ("rebase", 16), ("droidspeak", 16)]
+)
+def test_a_stop_string_leaves_the_same_state_whatever_the_block(mode, decode_block):
+    engine = tiny_engine(mode, tokenizer=ascii_tokenizer(), decode_block=decode_block)
     free = engine.generate(QUESTION, "plan", max_new_tokens=12)
     assert free.text is not None
     stop = free.text[5:7]
@@ -90,7 +98,10 @@ def test_a_stop_string_leaves_the_same_state_whatever_the_block(decode_block):
     assert trajectory.token_ids == QUESTION + free.token_ids[: end + 2]
     assert [(span.start, span.stop) for span in trajectory.writers] == [(0, len(trajectory) - 1)]
     pages = -(-(len(trajectory) - 1) // 8)
-    assert engine.cache_stats().base.pages_used == pages, "what was decoded beyond the stop holds pages"
+    stats = engine.cache_stats()
+    assert stats.base.pages_used == pages, "what was decoded beyond the stop holds pages"
+    assert stats.recomputed.pages_used == (pages if mode == "droidspeak" else 0)
+    assert stats.low_rank.pages_used == {"base_lr": 1, "rebase": 2, "droidspeak": 0}[mode] * pages
 
 
 @pytest.mark.parametrize("decode_block", [1, 4])
@@ -116,7 +127,9 @@ def test_a_stream_that_is_left_keeps_what_it_gave(engine):
     assert engine.generate(trajectory, "plan", max_new_tokens=1).num_prefilled_tokens == 1
 
 
-def test_a_list_is_a_batch_and_batching_changes_nothing(engine):
+@pytest.mark.parametrize("mode", KINDS)
+def test_a_list_is_a_batch_and_batching_changes_nothing(mode):
+    engine = tiny_engine(mode, tokenizer=ascii_tokenizer())
     prompts = [QUESTION, QUESTION[:5], "hello", QUESTION[::-1]]
     names = ["plan", None, "reflect", "action"]
     params = SamplingParams(max_new_tokens=7, temperature=0.8, seed=3)
@@ -236,14 +249,16 @@ def test_threads_take_turns(engine):
     assert all_free(engine)
 
 
-def test_a_lost_cache_is_made_again_and_read_again(engine):
+@pytest.mark.parametrize("mode", KINDS)
+def test_a_lost_cache_is_made_again_and_read_again(mode):
     """Ctrl-C between handing the cache to a program and taking it back leaves no arrays."""
+    engine = tiny_engine(mode)
     trajectory = engine.trajectory().append(QUESTION)
     want = engine.generate(trajectory.fork(), "plan", max_new_tokens=5).token_ids
     engine.next_token_logits(trajectory, "plan")
     jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)
     out = engine.generate(trajectory, "plan", max_new_tokens=5)
-    assert (out.token_ids, out.num_prefilled_tokens) == (want, len(QUESTION))
+    assert (out.token_ids, out.num_prefilled_tokens) == (want, len(QUESTION) + (mode == "rebase"))
     trajectory.close()
     assert all_free(engine)
 

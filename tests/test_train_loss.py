@@ -1,13 +1,15 @@
 """The loss: that of every sequence alone, exact in its gradient, whatever is packed or joined."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from text_models import CONFIG, params, tokenizer
+from text_models import CONFIG as TEXT_CONFIG
+from text_models import tokenizer
 from tolerances import assert_close
 from training_data import lines
 
@@ -19,7 +21,13 @@ from lragent_jax.training.loss import loss_and_hits, summed_loss, token_losses
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.packing import Packer, batch_shapes
 
+CONFIG = dataclasses.replace(TEXT_CONFIG, num_layers=1)
 OPTIONS = TrainingOptions(rank=2, targets=("q", "k", "v", "o", "gate", "up", "down"), dtype="float32")
+
+
+@functools.cache
+def params():
+    return llama.random_params(CONFIG, "float32", seed=3)
 
 
 def trained_lora():
@@ -129,7 +137,7 @@ def test_in_chunks_it_is_the_same(packed, joined, monkeypatch):
 def test_losses_and_hits_of_a_head(tied, monkeypatch):
     """Against a plain softmax; the head that is not tied is stored the other way round."""
     monkeypatch.setattr(loss_module, "_SCORES_BYTES", 400 * 4 * 3)
-    graphdef, weights = llama.random_params(dataclasses.replace(CONFIG, tied_embeddings=tied, num_layers=1), "float32")
+    graphdef, weights = llama.random_params(dataclasses.replace(CONFIG, tied_embeddings=tied), "float32")
     model = nnx.merge(graphdef, weights)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((2, 7, CONFIG.width)), jnp.float32)

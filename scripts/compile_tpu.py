@@ -2,9 +2,9 @@
 
 Regime: libtpu's own compiler against a description of a slice, on any machine with `pip install "jax[tpu]"`; nothing
 runs. Kernels: every configuration of the heuristic. Programs: `prefill` of a chunk and `decode` of Llama-3.1-8B and 70B
-under tensor parallelism, caches donated, adapters on q and v (or --targets). Per program: compile time, HBM of one
-device against its capacity, VMEM of the kernels, collectives of a step by kind, operations that copy a cache.
-Collectives: those of one layer with adapters on all projections against those without. A roofline on paper for
+under tensor parallelism, and of Llama-3.2-1B, caches donated, adapters on q and v (or --targets). Per program: compile
+time, HBM of one device against its capacity, VMEM of the kernels, collectives of a step by kind, operations that copy a
+cache. Collectives: those of one layer with adapters on all projections against those without. A roofline on paper for
 LRAgent's trace closes it. Exits with 1 if anything did not compile or fit, copies a cache, has temporaries as large as
 one, or pads its arguments, or if adapters add a collective. The last line of standard output is one line of JSON.
 
@@ -67,7 +67,8 @@ def compile_kernels(chip: str) -> dict[str, dict]:
 
 def weight_bytes(config: LlamaConfig, itemsize: int = 2) -> int:
     linear = config.num_layers * sum(a * b for a, b in config.projection_shapes().values())
-    return (linear + 2 * config.vocab_size * config.width) * itemsize
+    tables = 1 if config.tied_embeddings else 2
+    return (linear + tables * config.vocab_size * config.width) * itemsize
 
 
 def fitting_pages(workload: Workload, hbm: int) -> int:

@@ -25,8 +25,10 @@ CHIPS = {
     )
 }
 
-# What Llama-3.1-8B and 70B are compiled for: (chips of the slice, devices that share one model).
+# What the programs are compiled for: (chips of the slice, devices that share one model). The smallest model is that of
+# notebooks/tpu.ipynb; Llama-3.1-70B has 8 kv heads, and a v5e too little memory for an eighth of it.
 SLICES = {
+    "llama-3.2-1b": {"v5e": ("1x1", 1)},
     "llama-3.1-8b": {"v5e": ("2x4", 8), "v5p": ("1x1x1", 1), "v6e": ("2x2", 4), "tpu7x": ("1x1x1", 2)},
     "llama-3.1-70b": {"v5p": ("2x2x1", 4), "v6e": ("2x4", 8), "tpu7x": ("2x2x1", 8)},
 }

@@ -1,0 +1,37 @@
+"""Which compiler options a program gets: those of the device that it is compiled for, and no others."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from lragent_jax import device_jit
+from lragent_jax.device_jit import DeviceJit, device_kind
+
+
+@pytest.fixture(params=["default", "mesh"])
+def where(request):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    with jax.set_mesh(mesh) if request.param == "mesh" else contextlib.nullcontext():
+        yield jax.devices()[0].device_kind
+
+
+def test_it_takes_the_options_of_its_device(where, monkeypatch):
+    assert device_kind() == where
+    monkeypatch.setattr(device_jit, "COMPILER_OPTIONS", {"another": {"of_another": "1"}, where: {"not_an_option": "1"}})
+    double = DeviceJit(lambda x: 2 * x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not_an_option"):
+        double(3)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not_an_option"):
+        double.lower(3).compile()
+
+
+def test_it_takes_none_of_another_device(where, monkeypatch):
+    monkeypatch.setattr(device_jit, "COMPILER_OPTIONS", {"another": {"of_another": "1"}})
+    add = DeviceJit(lambda x, y: x + y, static_argnames="y")
+    assert add(3, y=4) == 7
+    assert add.lower(1, y=3).compile()(1) == 4
+    with jax.default_device(jax.devices()[0]):
+        assert device_kind() == where

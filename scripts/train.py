@@ -1,9 +1,9 @@
 """Trains plan, action and reflect for one base model, in one of the kinds that the study compares.
 
-    python scripts/train.py MODEL DATA OUT [--kind shared_a] [--targets q,v] [--rank 8]
+    python scripts/train.py MODEL DATA OUT [--validation FOLDER] [--kind shared_a] [--targets q,v] [--rank 8]
 
-DATA holds plan.jsonl, action.jsonl and reflect.jsonl, and beside each, if it is there, plan.validation.jsonl and so on.
-`lragent train` takes agents of any names and every option.
+DATA holds plan.jsonl, action.jsonl and reflect.jsonl, as `lragent world` writes them, and so does FOLDER. Further
+options are the fields of `TrainingOptions`. `lragent train` takes agents of any names.
 """
 
 import argparse
@@ -23,16 +23,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--validation", type=Path)
     for field in dataclasses.fields(TrainingOptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=_number_or_text)
     arguments = vars(parser.parse_args())
 
-    model, data, out = (arguments.pop(name) for name in ("model", "data", "out"))
+    model, data, out, validation = (arguments.pop(name) for name in ("model", "data", "out", "validation"))
     settings = {name: value for name, value in arguments.items() if value is not None}
     if "targets" in settings:
         settings["targets"] = tuple(settings["targets"].split(","))
-    files = {role: data / f"{role}.jsonl" for role in ROLES}
-    held_out = {role: file for role in ROLES if (file := data / f"{role}.validation.jsonl").is_file()}
+    files, held_out = (
+        {role: folder / f"{role}.jsonl" for role in ROLES} if folder else {} for folder in (data, validation)
+    )
     compilation_cache.enable()
     with progress_bar() as progress:
         results = train(model, files, out, validation=held_out, options=TrainingOptions(**settings), progress=progress)

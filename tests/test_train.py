@@ -231,10 +231,11 @@ def test_a_dtype_that_weights_cannot_have_is_refused():
 
 
 def test_a_loss_that_is_no_number_ends_it(files, tmp_path):
+    wild = {"learning_rate": 1e30, "max_grad_norm": 1e30, "weight_decay": 1e9}
     with pytest.raises(LRAgentError, match=r"the loss of plan is .* a lower learning rate"):
         train(
             files["model"], {"plan": files["plan"]}, tmp_path / "out",
-            options=TrainingOptions(**SETTINGS | {"learning_rate": 1e30, "max_grad_norm": 1e30, "weight_decay": 1e9}),
+            options=TrainingOptions(**{**SETTINGS, **wild}),
         )  # fmt: skip
 
 

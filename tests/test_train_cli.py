@@ -90,16 +90,28 @@ def test_the_script_trains_the_three_roles(data, tmp_path, monkeypatch, capsys):
     script = load_script("train")
     monkeypatch.setattr(script, "train", lambda *args, **keywords: calls.append((args, keywords)) or {})
     monkeypatch.setattr(script.compilation_cache, "enable", lambda: None)
-    (tmp_path / "reflect.validation.jsonl").write_text("")
     monkeypatch.setattr(
         "sys.argv",
-        ["train.py", "model", str(tmp_path), "out", "--kind", "shared_a", "--targets", "q,v", "--rank", "16"],
+        [
+            "train.py",
+            "model",
+            str(tmp_path),
+            "out",
+            "--validation",
+            "held",
+            "--kind",
+            "shared_a",
+            "--targets",
+            "q,v",
+            "--rank",
+            "16",
+        ],
     )
     script.main()
     [((model, agents, out), keywords)] = calls
     assert (str(model), str(out)) == ("model", "out")
     assert list(agents) == ["plan", "action", "reflect"]
     assert agents["action"] == tmp_path / "action.jsonl"
-    assert keywords["validation"] == {"reflect": tmp_path / "reflect.validation.jsonl"}
+    assert list(map(str, keywords["validation"].values())) == [f"held/{role}.jsonl" for role in agents]
     assert keywords["options"] == TrainingOptions(kind="shared_a", rank=16)
     assert capsys.readouterr().out == "{}\n"

@@ -387,6 +387,18 @@ def test_what_is_written_reads_back_bit_for_bit(tmp_path, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "nothing is left beside it"
 
 
+@pytest.mark.parametrize("case", WRITTEN)
+def test_with_alpha_the_scale_is_taken_out_of_b(tmp_path, case):
+    """Twice the rank in every module, whatever its rank: a power of two, so that the numbers come back as they were."""
+    adapter = WRITTEN[case]()
+    write_peft(tmp_path / "as it is", adapter, CONFIG)
+    rank = json.loads((tmp_path / "as it is" / "adapter_config.json").read_text())["r"]
+    write_peft(tmp_path / "out", adapter, CONFIG, alpha=2 * rank)
+    assert read_peft(tmp_path / "out", CONFIG).content_hash == adapter.content_hash
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 2 * rank
+    assert_computes(adapter, load_file(tmp_path / "out" / "adapter_model.safetensors"), lambda place: 2.0)
+
+
 def test_written_names_are_those_of_peft(tmp_path):
     write_peft(tmp_path / "out", random_adapter(CONFIG, rank=4, seed=0), CONFIG)
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
+from lragent_jax import generation
 from lragent_jax.models.adapter import LoraWeights, random_adapter, stack_adapters
 from lragent_jax.models.adapter_bank import TARGETS
 from lragent_jax.models.errors import InputError, OutOfPagesError
@@ -295,6 +296,24 @@ def test_rebase_decodes_what_it_scores_and_caches_what_the_base_model_leaves():
             logits = [engine.next_token_logits(trajectory, agent) for trajectory in (a, b, c)]
             assert_close(logits[0], logits[2], "equal")
             assert_close(logits[1], logits[2], "equal")
+
+
+def test_only_the_rows_without_adapter_write_in_a_decode_step():
+    """Were both rows of a token to write, which of them stays would be up to the device."""
+    engine = tiny_engine("rebase")
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        row = engine._executor.open_row(trajectory, engine._registry.find("plan"))
+        table = engine._executor.decode_table([row, row])
+        both = jax.tree.map(np.asarray, generation._readers_and_writers(jax.tree.map(jnp.asarray, table)))
+    assert (both.base_write_from[:2] == generation.NEVER).all()
+    assert (both.low_rank_write_from[:, :2] == generation.NEVER).all()
+    for half in (slice(0, 2), slice(2, 4)):
+        np.testing.assert_array_equal(both.base[half], table.base)
+        np.testing.assert_array_equal(both.low_rank[:, half], table.low_rank)
+        np.testing.assert_array_equal(both.group_ids[:, half], table.group_ids)
+    assert (both.base_write_from[2:] == 0).all()
+    assert (both.low_rank_write_from[:, 2:] == 0).all()
 
 
 def test_rebase_of_silent_adapters_is_the_base_model():

@@ -158,13 +158,13 @@ def _print(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("agent", "steps", "tokens/s", "padding", "loss", "validation", "tokens right", "A-group")
+    table = Table("agent", "steps", "tokens/s", "padding", "loss", "held out", "right", "A-group")
     for name, result in results.items():
         validation, right = result["validation_loss"], result["validation_accuracy"]
         table.add_row(
             name, str(result["steps"]), f"{result['tokens_per_second']:,}", f"{result['padding_share']:.1%}",
             f"{result['train_loss']:.4f}", "" if validation is None else f"{validation:.4f}",
-            "" if right is None else f"{right:.1%}", (result["a_group"] or "none")[:12],
+            "" if right is None else f"{right:.1%}", (result["a_group"] or "none")[:8],
         )  # fmt: skip
     console = Console()
     console.print(table)

@@ -71,6 +71,10 @@ class Row:
         for run in self.written:
             run.truncate(len(self.trajectory))
 
+    def commit_chunk(self, chunk: Chunk) -> None:
+        for run, write_from in zip(self.written, chunk.write_from, strict=True):
+            run.commit(write_from, chunk.stop, self.writer.keys.content)
+
     def commit(self, start: int, stop: int) -> None:
         for run in self.written:
             run.commit(start, stop, self.writer.keys.content)
@@ -163,7 +167,7 @@ class Executor:
         logits, hidden = self._prefill(tokens, adapter_ids, table, write_base)
         for row, chunk in zip(rows, chunks, strict=True):
             if chunk is not None:
-                row.commit(chunk.start, chunk.stop)
+                row.commit_chunk(chunk)
         return logits, hidden
 
     def read_chunk(self, row: Row, chunk: Chunk) -> jax.Array:

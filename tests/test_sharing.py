@@ -298,6 +298,18 @@ def test_rebase_decodes_what_it_scores_and_caches_what_the_base_model_leaves():
             assert_close(logits[1], logits[2], "equal")
 
 
+def test_a_query_of_rebase_leaves_no_trace():
+    """It runs beside pages of another A-group that lack its token, and must not claim to have written them."""
+    engine = tiny_engine("rebase")
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
+        engine.next_token_logits(trajectory, "plan")
+        engine.unload_adapter("reflect")
+        engine.load_adapter("reflect", agents()["reflect"])
+        assert engine.score_output(trajectory, [1], "plan").num_prefilled_tokens == 1
+        assert engine.score_output(trajectory.rollback(1), [1], "reflect").num_prefilled_tokens == len(QUESTION) + 1
+
+
 def test_only_the_rows_without_adapter_write_in_a_decode_step():
     """Were both rows of a token to write, which of them stays would be up to the device."""
     engine = tiny_engine("rebase")

@@ -2,14 +2,18 @@
 
 from jax import monitoring
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
+_STAGES = "/jax/core/compile/"
+_EVENT = f"{_STAGES}backend_compile_duration"
 
 
 class CompileWatch:
-    """Counts the programs that are compiled, or fetched from the persistent cache, inside its `with` block."""
+    """Counts the programs that are compiled, or fetched from the persistent cache, inside its `with` block.
+
+    `seconds` is what that took, tracing included.
+    """
 
     def __init__(self):
-        self.num_programs = 0
+        self.num_programs, self.seconds = 0, 0.0
 
     def __enter__(self) -> "CompileWatch":
         monitoring.register_event_duration_secs_listener(self._listen)
@@ -20,3 +24,5 @@ class CompileWatch:
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.num_programs += event == _EVENT
+        if event.startswith(_STAGES):
+            self.seconds += duration_secs

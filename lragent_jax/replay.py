@@ -20,7 +20,7 @@ from lragent_jax.sharing import SHARING_MODES, Sharing, SharingMode
 
 def replay(
     engine: Engine,
-    trajectories: Sequence[ReactTrajectory],
+    trajectories: Sequence[ReactTrajectory | Recording],
     modes: Sequence[SharingMode] = SHARING_MODES,
     *,
     reference: SharingMode = "none",
@@ -28,6 +28,7 @@ def replay(
     max_tokens: int | None = None,
     num_pages: int | None = None,
     warmup: bool = False,
+    measure_decoding: bool = True,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Replays `trajectories` under every mode, each recorded output under the agent that has its role.
@@ -38,7 +39,8 @@ def replay(
     one mode at a time, of `num_pages` base pages or as many as the longest trajectory needs.
 
     No time includes a compilation: a trajectory during which something was compiled is run once more, and only the
-    second run counts. `warmup` compiles every program beforehand instead, which is cheaper where they are few.
+    second run counts. `warmup` compiles every program beforehand instead, which is cheaper where they are few; without
+    `measure_decoding` none that decodes is needed.
 
     Raises `InputError` before anything is run: no tokenizer, an unknown mode or role, a role without an agent, a
     trajectory that is too long. Host memory: the logits of one trajectory's outputs, twice.
@@ -55,9 +57,9 @@ def replay(
         expected: list[np.ndarray] = []
         for mode in modes:
             what = f"{mode}, trajectory {i + 1} of {len(recordings)}"
-            run = replayer.run(mode, recording, what, measure_decoding=i == 0)
+            run = replayer.run(mode, recording, what, measure_decoding=measure_decoding and i == 0)
             expected = run.logits if mode == reference else expected
-            tallies[mode].add(run, expected)
+            tallies[mode].add(run, expected, recording)
     return ReplayReport(
         modes={mode: tally.report() for mode, tally in tallies.items()},
         reference=reference,
@@ -88,13 +90,14 @@ class _Tally:
         self._runs: list[_Run] = []
         self._drift = Drift()
 
-    def add(self, run: _Run, expected: list[np.ndarray]) -> None:
-        for reference, logits in zip(expected, run.logits, strict=True):
-            self._drift.add(reference, logits)
+    def add(self, run: _Run, expected: list[np.ndarray], recording: Recording) -> None:
+        outputs = [part.ids for part in recording.parts if part.role is not None]
+        for reference, logits, ids in zip(expected, run.logits, outputs, strict=True):
+            self._drift.add(reference, logits, ids)
         self._runs.append(dataclasses.replace(run, logits=[]))
 
     def report(self) -> ModeReport:
-        [tokens_per_s] = [run.tokens_per_s for run in self._runs if run.tokens_per_s is not None]
+        tokens_per_s = next((run.tokens_per_s for run in self._runs if run.tokens_per_s is not None), None)
         return ModeReport(
             prefilled_tokens=sum(run.prefilled_tokens for run in self._runs),
             cached_tokens=sum(run.cached_tokens for run in self._runs),
@@ -103,6 +106,7 @@ class _Tally:
             tokens_per_s=tokens_per_s,
             top1_agreement=self._drift.top1_agreement,
             kl=self._drift.kl,
+            nll=self._drift.nll,
         )
 
 
@@ -181,7 +185,9 @@ def _checked_modes(modes: Sequence[SharingMode], reference: SharingMode) -> list
     return list(dict.fromkeys(Sharing(mode).mode for mode in (reference, *modes)))
 
 
-def _recordings(engine: Engine, trajectories: Sequence[ReactTrajectory], max_tokens: int | None) -> list[Recording]:
+def _recordings(
+    engine: Engine, trajectories: Sequence[ReactTrajectory | Recording], max_tokens: int | None
+) -> list[Recording]:
     """The trajectories as token ids, or one `InputError` about all that cannot be replayed."""
     if engine.tokenizer is None:
         raise InputError("replay needs a tokenizer, and this model came without one; put its tokenizer.json beside it")
@@ -189,7 +195,11 @@ def _recordings(engine: Engine, trajectories: Sequence[ReactTrajectory], max_tok
         raise InputError("there is nothing to replay: no trajectory was given")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
-    recordings = [Recording.tokenize(trajectory, engine.tokenizer) for trajectory in trajectories]
+    tokenizer = engine.tokenizer
+    recordings = [
+        trajectory if isinstance(trajectory, Recording) else Recording.tokenize(trajectory, tokenizer)
+        for trajectory in trajectories
+    ]
     room = engine.config.context_length - DECODED_TOKENS
     problems = []
     for i, recording in enumerate(recordings):

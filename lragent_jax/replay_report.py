@@ -16,16 +16,18 @@ class ModeReport:
     `prefilled_tokens`, `cached_tokens` and `ttft_s` (seconds to the first logits) are sums over all calls.
     `cache_bytes` is what the largest trajectory holds at its end, base and low-rank pages together. `tokens_per_s` is
     the speed of one greedy call of `DECODED_TOKENS` tokens at the end of the first trajectory, behind its first token.
-    `top1_agreement` and `kl` (nats, reference against mode) are means over all positions of the recorded outputs.
+    `top1_agreement`, `kl` (nats, reference against mode) and `nll` (nats, of the recorded tokens) are means over all
+    positions of the recorded outputs. `tokens_per_s` is None where decoding was not measured.
     """
 
     prefilled_tokens: int
     cached_tokens: int
     cache_bytes: int
     ttft_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     top1_agreement: float
     kl: float
+    nll: float
 
 
 @dataclasses.dataclass(frozen=True)

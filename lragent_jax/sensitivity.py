@@ -50,7 +50,12 @@ def critical_layers(
     drift = layer_drift(
         config, graphdef, params, adapters, recordings, implementation=implementation, progress=progress
     )
-    count = max(1, round(share * config.num_layers))
+    return most_drifting(drift, share)
+
+
+def most_drifting(drift: Float[np.ndarray, " L"], share: float = 1 / 3) -> tuple[int, ...]:
+    """The `share` of all layers (at least one) whose drift is largest, in order."""
+    count = max(1, round(share * len(drift)))
     return tuple(sorted(int(layer) for layer in np.argsort(-drift, kind="stable")[:count]))
 
 

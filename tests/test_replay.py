@@ -155,7 +155,16 @@ def test_the_report_is_one_line_of_json_in_the_promised_form():
     assert list(figures) == ["modes"]
     assert list(figures["modes"]) == ["none", "base_lr"]
     for mode in figures["modes"].values():
-        names = ["prefilled_tokens", "cached_tokens", "cache_bytes", "ttft_s", "tokens_per_s", "top1_agreement", "kl"]
+        names = [
+            "prefilled_tokens",
+            "cached_tokens",
+            "cache_bytes",
+            "ttft_s",
+            "tokens_per_s",
+            "top1_agreement",
+            "kl",
+            "nll",
+        ]
         assert list(mode) == names
         assert all(math.isfinite(value) for value in mode.values())
         assert mode["ttft_s"] > 0

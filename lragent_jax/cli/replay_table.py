@@ -36,7 +36,7 @@ def print_report(report: ReplayReport) -> None:
             f"{figures.cached_tokens:,}",
             f"{figures.cache_bytes:,}",
             f"{figures.ttft_s:.2f}",
-            f"{figures.tokens_per_s:.1f}",
+            "-" if figures.tokens_per_s is None else f"{figures.tokens_per_s:.1f}",
             f"{100 * figures.top1_agreement:.1f} %",
             f"{figures.kl:.1e}",
         )

@@ -1,0 +1,108 @@
+"""The plots of a study."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.study.grid import Grid
+from lragent_jax.study.results import Results
+
+_COLOURS = dict(
+    zip(SHARING_MODES, ("#222222", "#c1272d", "#0571b0", "#1b9e77", "#7570b3", "#e6a100", "#8c564b"), strict=True)
+)
+_MAIN_LENGTH = 1000
+
+
+def write_plots(results: Results, folder: Path) -> list[Path]:
+    """Writes those plots that there are results for, accuracy-*.png; none where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    written = []
+    for name, size, draw in _plots(results):
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        path = folder / f"accuracy-{name}.png"
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callable[[Any], None]]]:
+    """Name, size in inches, and what draws it."""
+    grid = Grid(results)
+    for kind in grid.kinds:
+        if len(grid.lengths(kind)) > 1:
+            yield f"length-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_length(axes, grid, kind)
+    for kind in grid.kinds:
+        yield f"hops-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_hops(axes, grid, kind)
+    if cells := list(results.cells("similarity").values()):
+        yield "similarity", (6.4, 4.0), lambda axes: _similarity(axes, cells)
+    if cells := list(results.cells("sensitivity").values()):
+        yield "sensitivity", (6.4, 3.2), lambda axes, cells=cells: _sensitivity(axes, cells)
+
+
+def _by_length(axes, grid: Grid, kind: str) -> None:
+    modes = grid.modes(kind)
+    for i, mode in enumerate(modes):
+        found = [
+            (tokens, group.accuracy()) for tokens in grid.lengths(kind) if (group := grid.group(kind, mode, tokens))
+        ]
+        shift = 1 + 0.012 * (i - len(modes) / 2)  # so that intervals stand side by side
+        xs, estimates = [tokens * shift for tokens, _ in found], [estimate for _, estimate in found]
+        axes.errorbar(
+            xs, [100 * e.value for e in estimates], yerr=_bars(estimates),
+            label=mode, color=_COLOURS[mode], marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, capsize=2,
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="tokens of a right episode", ylabel="questions right (%)", title=kind)
+    axes.set_xticks(grid.lengths(kind), [f"{tokens:,}" for tokens in grid.lengths(kind)])
+    axes.minorticks_off()
+
+
+def _by_hops(axes, grid: Grid, kind: str) -> None:
+    lengths, modes = grid.lengths(kind), grid.modes(kind)
+    tokens = _MAIN_LENGTH if _MAIN_LENGTH in lengths else lengths[0]
+    for i, mode in enumerate(modes):
+        group = grid.group(kind, mode, tokens)
+        found = [(hops, estimate) for hops in (1, 2, 3) if group and (estimate := group.of_hops(hops))]
+        estimates = [estimate for _, estimate in found]
+        axes.bar(
+            [hops + (i - (len(modes) - 1) / 2) * 0.8 / len(modes) for hops, _ in found],
+            [100 * e.value for e in estimates],
+            width=0.75 / len(modes), yerr=_bars(estimates), label=mode, color=_COLOURS[mode],
+            error_kw={"elinewidth": 0.8, "capsize": 2},
+        )  # fmt: skip
+    axes.set(xlabel="hops", ylabel="questions right (%)", title=f"{kind}, {tokens:,} tokens", ylim=(0, 100))
+    axes.set_xticks([1, 2, 3])
+
+
+def _similarity(axes, cells) -> None:
+    styles = {"base": "-", "low_rank": "--", "adapter": ":"}
+    for number, cell in enumerate(cells):
+        for part, style in styles.items():
+            label = f"{cell['kind']}: {part.replace('_', ' ')}"
+            axes.plot(cell[part], style, color=f"C{number}", label=label, linewidth=1.2)
+    axes.set(xlabel="layer", ylabel="cosine similarity of V across agents")
+
+
+def _sensitivity(axes, cells) -> None:
+    for number, cell in enumerate(cells):
+        drift, layers = cell["drift"], cell["layers"]
+        axes.plot(drift, "-", color=f"C{number}", label=cell["kind"], linewidth=1.2)
+        axes.plot(layers, [drift[layer] for layer in layers], "o", color=f"C{number}", markersize=4)
+    axes.set(xlabel="layer (dots: recomputed)", ylabel="KL to none, shared alone (nats)", yscale="log")
+
+
+def _bars(estimates) -> list[list[float]]:
+    """Distances to both ends of the intervals, in percent."""
+    return [
+        [100 * max(0.0, e.value - e.low) for e in estimates],
+        [100 * max(0.0, e.high - e.value) for e in estimates],
+    ]

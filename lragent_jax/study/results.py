@@ -1,0 +1,79 @@
+"""A study's results: one JSON file that is whole at all times, and grows cell by cell."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lragent_jax.models.errors import InputError
+
+FORMAT, VERSION = "lragent-study", 1
+
+
+class Results:
+    """Cells by part and key, what they were measured with, and the sets of agents they belong to.
+
+    Raises `InputError` for a file that is no study, and whenever what is to be measured does not go with what is in
+    it. Everything that is added is on disk when the call returns; an interrupted one changes nothing.
+    """
+
+    def __init__(self, path: str | Path, *, fresh: bool = False):
+        self.path = Path(path)
+        self.data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "settings": {}, "kinds": {}, "cells": {}}
+        if not fresh and self.path.exists():
+            self.data = _read(self.path)
+
+    def cells(self, part: str) -> dict[str, dict[str, Any]]:
+        return self.data["cells"].get(part, {})
+
+    def has(self, part: str, key: str) -> bool:
+        return key in self.cells(part)
+
+    def add(self, part: str, cells: Mapping[str, dict[str, Any]]) -> None:
+        self.data["cells"].setdefault(part, {}).update(cells)
+        self.save()
+
+    def use_settings(self, settings: Mapping[str, Any]) -> None:
+        """What decides results is the same for all cells."""
+        before = self.data["settings"]
+        for name, value in settings.items():
+            if name in before and before[name] != value:
+                raise InputError(
+                    f"{self.path} was measured with {name} {before[name]!r}, and this is {value!r}: "
+                    "name another file, or start it anew (--fresh)"
+                )
+        before.update(settings)
+
+    def use_agents(self, name: str, identity: Mapping[str, Any]) -> None:
+        """Agents of one kind are the same adapters in all cells."""
+        before = self.data["kinds"].setdefault(name, dict(identity))
+        if before["adapters"] != identity["adapters"]:
+            different = [role for role, value in identity["adapters"].items() if before["adapters"].get(role) != value]
+            raise InputError(
+                f"{self.path} has results of {name} with other adapters ({', '.join(different)} differ): give these "
+                "another name, name another file, or start it anew (--fresh)"
+            )
+
+    def save(self) -> None:
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("w") as file:
+                json.dump(self.data, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as the results of a study: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+        raise InputError(f"{path} holds no results of a study of this version; name another file, or pass --fresh")
+    return data

@@ -1,0 +1,184 @@
+"""The tables of a study in Markdown."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lragent_jax.react import ROLES
+from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.study.grid import Grid, Group
+from lragent_jax.study.results import Results
+from lragent_jax.study.statistics import Estimate
+
+
+def markdown(results: Results, plots: Sequence[str] = ()) -> str:
+    """The whole page."""
+    sections = [
+        _head(results),
+        *_images(plots),
+        *_episodes(results),
+        *_teacher_forced(results, "kl", "Teacher-forced on evaluation trajectories", _KL_NOTE),
+        *_teacher_forced(results, "recorded", "Recorded text", _RECORDED_NOTE),
+        *_similarity(results),
+        *_sensitivity(results),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_KL_NOTE = (
+    "The oracle's outputs under the agents that should write them; means over all their positions. KL is that of "
+    "`none`'s distribution to the mode's, in nats; NLL that of the oracle's tokens. Prefilled tokens per trajectory."
+)
+_RECORDED_NOTE = (
+    "Adapters trained on four fifths of recorded trajectories, measured on the fifth that they have not seen: negative "
+    "log-likelihood of the recorded outputs, in nats per token."
+)
+
+
+def _head(results: Results) -> str:
+    settings = results.data["settings"]
+    runs = "; ".join(
+        f"{run['device']}, JAX {run['jax']}, up to {run['batch_size']} episodes at a time"
+        for run in results.data.get("runs", [])
+    )
+    return (
+        "# What sharing costs in accuracy\n\n"
+        "Written by `python scripts/study.py --report` from the results of `python scripts/study.py` (its first lines "
+        f"say how both are called). Model: {settings.get('model')}, {settings.get('dtype')}; {settings.get('scale')} "
+        f"scale, seed {settings.get('seed')}. {runs}.\n\n"
+        "Agents plan, action and reflect answer questions about a world whose names no training text holds. They write "
+        "freely, greedily, and tools answer. All modes get the same questions and the same paragraphs, and nothing but "
+        "the cache is different. Intervals are 95 %: Wilson's for shares, Agresti and Min's for paired differences to "
+        "`none` on the same questions, in percentage points."
+    )
+
+
+def _images(plots: Sequence[str]) -> Iterator[str]:
+    if plots:
+        yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+
+
+def _episodes(results: Results) -> Iterator[str]:
+    grid = Grid(results)
+    for kind in grid.kinds:
+        identity = results.data["kinds"][kind]
+        ranks = "; ".join(
+            f"{role} {', '.join(f'{target} {rank}' for target, rank in of.items())}"
+            for role, of in identity["ranks"].items()
+        )
+        yield f"## Free episodes: {kind}"
+        yield f"A-groups: {identity['num_groups']}. Ranks: {ranks}."
+        for tokens in grid.lengths(kind):
+            groups = {mode: group for mode in grid.modes(kind) if (group := grid.group(kind, mode, tokens))}
+            counts = sorted({cell["number"] for group in groups.values() for cell in group.cells})
+            yield f"### {tokens:,} tokens ({' or '.join(map(str, counts))} questions in a cell)"
+            yield _table(_EPISODE_COLUMNS, [_episode_row(mode, group, grid.reference(kind, tokens))
+                                            for mode, group in groups.items()])  # fmt: skip
+
+
+_EPISODE_COLUMNS = (
+    "sharing", "1 hop", "2 hops", "3 hops", "all", "less `none`", "no answer", "verdicts right",
+    *(f"{role}: outside the role" for role in ROLES), "prefilled per episode",
+)  # fmt: skip
+
+
+def _episode_row(mode: str, group: Group, reference: Group | None) -> list[str]:
+    difference = group.difference(reference) if reference and mode != "none" else None
+    return [
+        f"`{mode}`",
+        *(_share(group.of_hops(hops)) for hops in (1, 2, 3)),
+        _share(group.accuracy()),
+        _points(difference),
+        f"{100 * (1 - group.ends('finished')):.1f} %",
+        _share(group.verdicts_right()),
+        *(f"{group.sum('bad_outputs', role):,} of {group.sum('outputs', role):,}" for role in ROLES),
+        f"{group.mean('prefilled_tokens'):,.0f}",
+    ]
+
+
+def _teacher_forced(results: Results, part: str, title: str, note: str) -> Iterator[str]:
+    """One table for each kind and length, over all blocks."""
+    cells = list(results.cells(part).values())
+    if not cells:
+        return
+    yield f"## {title}\n\n{note}"
+    for kind, tokens in dict.fromkeys((cell["kind"], cell["tokens"]) for cell in cells):
+        of_mode: dict[str, list[dict[str, Any]]] = {
+            mode: [cell for cell in cells if (cell["kind"], cell["tokens"], cell["mode"]) == (kind, tokens, mode)]
+            for mode in SHARING_MODES
+        }
+        rows = [[f"`{mode}`", *_teacher_forced_row(found)] for mode, found in of_mode.items() if found]
+        number = max(sum(cell["number"] for cell in found) for found in of_mode.values())
+        yield f"### {kind}: {number} trajectories of up to {tokens:,} tokens"
+        columns = ("sharing", "trajectories", "positions", "KL", "top-1 as `none`", "NLL", "prefilled")
+        yield _table(columns, rows)
+
+
+def _teacher_forced_row(cells: Sequence[dict[str, Any]]) -> list[str]:
+    positions, number = sum(cell["positions"] for cell in cells), sum(cell["number"] for cell in cells)
+
+    def mean(name: str) -> float:
+        return sum(cell[name] * cell["positions"] for cell in cells) / positions
+
+    return [
+        str(number),
+        f"{positions:,}",
+        f"{mean('kl'):.2e}",
+        f"{100 * mean('top1_agreement'):.2f} %",
+        f"{mean('nll'):.4f}",
+        f"{sum(cell['prefilled_tokens'] for cell in cells) / number:,.0f}",
+    ]
+
+
+def _similarity(results: Results) -> Iterator[str]:
+    cells = results.cells("similarity").values()
+    if not cells:
+        return
+    yield (
+        "## Similarity of V across agents\n\nCosine similarity of what agents that read everything on their own would "
+        "cache for the same token: X W (base), X A (low rank) and X A B (adapter). Means over tokens, pairs of agents "
+        "and layers, and the layers with the smallest and the largest."
+    )
+    rows = [
+        [cell["kind"], f"{cell['number']} of {cell['tokens']:,} tokens", *(_range(cell[part]) for part in _PARTS)]
+        for cell in cells
+    ]
+    yield _table(("agents", "trajectories", "base", "low rank", "adapter"), rows)
+
+
+_PARTS = ("base", "low_rank", "adapter")
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def _sensitivity(results: Results) -> Iterator[str]:
+    cells = results.cells("sensitivity").values()
+    if not cells:
+        return
+    yield (
+        "## Layers that `droidspeak` recomputes\n\nThe third of all layers whose sharing alone moves the agents most "
+        "(KL to `none` in nats), measured on training trajectories."
+    )
+    rows = [
+        [cell["kind"], f"{cell['number']}", ", ".join(map(str, cell["layers"])), f"{max(cell['drift']):.2e}"]
+        for cell in cells
+    ]
+    yield _table(("agents", "trajectories", "layers", "largest KL"), rows)
+
+
+def _share(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+
+
+def _points(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,151 @@
+"""Measures what each sharing mode costs in accuracy, on a world that the agents have not seen.
+
+    python scripts/study.py --adapters shared_a=FOLDER --adapters apart=FOLDER --adapters all=FOLDER --out RESULTS.json
+    python scripts/study.py --reduced --adapters shared_a=FOLDER --out RESULTS.json         (a CPU will do)
+    python scripts/study.py --report --out RESULTS.json --docs docs
+
+Every FOLDER holds the adapters plan, action and reflect. Regime: greedy, static batches of episodes that the agents run
+freely, tools answering; KL, top-1 agreement and likelihood are teacher-forced, one trajectory at a time. Everything
+that is finished is in RESULTS.json, and the same command goes on from there. `--report` writes tables and plots from
+that file alone. The last line on standard output is JSON.
+
+Recorded trajectories, in the form of `lragent replay`, are trained on and measured on in two steps:
+
+    python scripts/study.py --write-recorded FILE.json --out FOLDER
+    (lragent train …: plan, action and reflect from FOLDER, --kind shared_a)
+    python scripts/study.py --recorded FILE.json --recorded-adapters ADAPTERS --parts recorded --out RESULTS.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lragent_jax import compilation_cache
+from lragent_jax.cli.console import labelled, progress_bar
+from lragent_jax.demo import find_model
+from lragent_jax.models.errors import InputError, LRAgentError
+from lragent_jax.models.folder import read_config
+from lragent_jax.react import read_trajectories
+from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.study import recorded
+from lragent_jax.study.agent_set import RECORDED_KIND, read_agents
+from lragent_jax.study.deadline import Deadline
+from lragent_jax.study.plan import FULL, REDUCED, STUDY_PARTS
+from lragent_jax.study.report import write_report
+from lragent_jax.study.results import Results
+from lragent_jax.study.study import RecordedStudy, Study
+from lragent_jax.study.workbench import BenchOptions, Workbench
+from lragent_jax.tokenizer import load_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.report:
+            outcome = {"written": [str(path) for path in write_report(Results(arguments.out), arguments.docs)]}
+        elif arguments.write_recorded:
+            outcome = _write_recorded(arguments)
+        else:
+            outcome = _measure(arguments)
+    except LRAgentError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(outcome))
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    deadline = Deadline(arguments.deadline)
+    model = arguments.model or find_model()
+    parts, modes = _names(arguments.parts, STUDY_PARTS), _names(arguments.modes, SHARING_MODES)
+    config, scale = read_config(model), REDUCED if arguments.reduced else FULL
+    if arguments.questions:
+        scale = scale.with_questions(arguments.questions)
+    folders = dict(_pair(pair) for pair in arguments.adapters)
+    chosen = _names(arguments.kinds, tuple(folders)) if arguments.kinds else list(folders)
+    sets = [read_agents(name, folders[name], config) for name in chosen]
+    recorded_study = None
+    if arguments.recorded_adapters and arguments.recorded:
+        agents = read_agents(RECORDED_KIND, arguments.recorded_adapters, config)
+        recorded_study = RecordedStudy(agents, read_trajectories(arguments.recorded))
+    if not sets and recorded_study is None:
+        raise InputError("there is nothing to measure: give --adapters, or --recorded and --recorded-adapters")
+    results = Results(arguments.out, fresh=arguments.fresh)
+    buckets = tuple(map(int, arguments.prefill_buckets.split(","))) if arguments.prefill_buckets else None
+    options = BenchOptions.fitting(
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        pool_gigabytes=arguments.pool_gigabytes,
+        page_size=arguments.page_size,
+        prefill_buckets=buckets,
+        decode_block=arguments.decode_block,
+        implementation=arguments.implementation,
+    )
+    compilation_cache.enable()
+    with progress_bar() as progress:
+        bench = Workbench(model, options, scale.longest, labelled(progress, "reading the model"))
+        study = Study(
+            bench, sets, results, scale,
+            modes=modes, seed=arguments.seed, recorded=recorded_study, deadline=deadline, progress=progress,
+        )  # fmt: skip
+        finished = study.run(parts)
+    return {"finished": finished, "cells": {part: len(cells) for part, cells in results.data["cells"].items()}}
+
+
+def _write_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = arguments.model or find_model()
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer to count tokens with")
+    training, held_out = recorded.split(read_trajectories(arguments.write_recorded))
+    room = read_config(model).context_length
+    lines = recorded.write_examples(training, Path(arguments.out), tokenizer, room)
+    return {"training": len(training), "held_out": len(held_out), "lines": lines}
+
+
+def _names(text: str, known: tuple[Any, ...]) -> list[Any]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"unknown: {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+    return list(dict.fromkeys(names))
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"{text!r} is not of the form KIND=FOLDER")
+    return name, Path(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the results, or the folder of --write-recorded")
+    parser.add_argument("--model", type=Path, help="by default the demo's, SmolLM2-135M-Instruct")
+    parser.add_argument("--adapters", action="append", default=[], metavar="KIND=FOLDER", help="repeatable")
+    parser.add_argument("--recorded", type=Path, metavar="FILE")
+    parser.add_argument("--recorded-adapters", type=Path, metavar="FOLDER")
+    parser.add_argument("--parts", default=",".join(STUDY_PARTS), help="in this order")
+    parser.add_argument("--kinds", help="some of the --adapters, separated by commas")
+    parser.add_argument("--modes", default=",".join(SHARING_MODES))
+    parser.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="start nothing that takes longer than is left"
+    )
+    parser.add_argument("--reduced", action="store_true", help="50 questions of mixed hops at 300 and 600 tokens")
+    parser.add_argument("--questions", type=int, metavar="N", help="at most N in every cell")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--fresh", action="store_true", help="start RESULTS.json anew")
+    parser.add_argument("--dtype", help="of weights and caches (bfloat16; float32 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="episodes at a time (64; 8 on a CPU)")
+    parser.add_argument("--pool-gigabytes", type=float, help="what the caches may take (40; 4 on a CPU)")
+    parser.add_argument("--page-size", type=int, help="tokens per page (64; 128 on a TPU)")
+    parser.add_argument("--prefill-buckets", help="chunk lengths (64,256,1024; 16,64,256 on a CPU)")
+    parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12)")
+    parser.add_argument("--implementation", help="of lora_attention")
+    parser.add_argument("--report", action="store_true", help="write tables and plots from the results")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes")
+    parser.add_argument("--write-recorded", type=Path, metavar="FILE", help="write examples to train on")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -251,7 +251,9 @@ def test_layers_to_recompute_are_checked():
     with engine.trajectory() as trajectory:
         trajectory.append(QUESTION)
         engine.next_token_logits(trajectory, "plan")
-        with pytest.raises(OutOfPagesError, match=r"3 more recomputed pages.*larger num_recomputed_pages"):
+        with pytest.raises(
+            OutOfPagesError, match=r"5 more recomputed pages of 8 tokens, 2 of 7 are free.*larger num_recomputed_pages"
+        ):
             engine.next_token_logits(trajectory, "action")
 
 

@@ -30,7 +30,7 @@ DEMO = $(VENV)/.installed-$(DEMO_MODEL)-$(DEMO_MODEL_VERSION)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' $(MAKEFILE_LIST)
 
-demo: $(CORE) $(DEMO)  ## three agents over one small Llama, in every sharing mode
+demo: $(CORE) $(DEMO)  ## three agents over one small Llama, in five sharing modes
 	@$(BIN)/lragent demo $(ARGS)
 
 test: $(DEV)  ## the test suite

@@ -127,7 +127,9 @@ class Study:
             def name(mode: SharingMode, span: str = f"{start}:{start + size}") -> str:
                 return f"{key.format(mode=mode)} {span}"
 
-            modes = [mode for mode in modes_of(agents, self._modes) if not self._results.has(part, name(mode))]
+            modes: list[SharingMode] = [
+                mode for mode in modes_of(agents, self._modes) if not self._results.has(part, name(mode))
+            ]
             if not modes:
                 continue
             like = [{"mode": mode, "number": size} | facts for mode in modes]

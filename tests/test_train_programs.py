@@ -70,26 +70,27 @@ def shape_of(batch: Batch) -> BatchShape:
     return BatchShape(rows, length, batch.targets.shape[1])
 
 
+@functools.cache
+def gradient_by_hand():
+    graphdef, params = llama.random_params(CONFIG, "float32", seed=3)
+
+    def loss(lora, batch):
+        model = nnx.merge(graphdef, params)
+        hidden = model.packed(batch.rows, layer_pairs(lora, OPTIONS.scale, jnp.float32))
+        return summed_loss(model, hidden, batch) / batch.weights.sum()
+
+    return jax.jit(jax.grad(loss))
+
+
 def by_hand(trainable: Lora, frozen: Lora):
     """(trained matrices, gradient norms) with optax's own AdamW, which never hears of what is frozen."""
-    graphdef, params = llama.random_params(CONFIG, "float32", seed=3)
     optimizer = optax.chain(
         optax.clip_by_global_norm(OPTIONS.max_grad_norm), optax.adamw(RATE, weight_decay=OPTIONS.weight_decay)
     )
-
-    @jax.jit
-    def gradient_of(trainable, batch):
-        def loss(trainable):
-            model = nnx.merge(graphdef, params)
-            joined = {target: trainable[target] | frozen.get(target, {}) for target in trainable}
-            hidden = model.packed(batch.rows, layer_pairs(joined, OPTIONS.scale, jnp.float32))
-            return summed_loss(model, hidden, batch) / batch.weights.sum()
-
-        return jax.grad(loss)(trainable)
-
     state, norms, matrices = optimizer.init(trainable), [], trainable
     for batch in batches():
-        gradient = gradient_of(matrices, batch)
+        of_all = gradient_by_hand()({target: matrices[target] | frozen.get(target, {}) for target in matrices}, batch)
+        gradient = {target: {name: of_all[target][name] for name in of} for target, of in matrices.items()}
         norms.append(np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient))))
         updates, state = optimizer.update(gradient, state, matrices)
         matrices = jax.tree.map(jnp.add, matrices, updates)

@@ -124,6 +124,7 @@ class AgentRun:
         self._curve = LossCurve(self._losses, done)
         self._compile(state, trained)
         validation = None if done else self._validate(0, state.lora)
+        self._programs.wait()
         for number, step in enumerate(self._plan.steps[done:], start=done + 1):
             shape = self._shapes[step.length]
             batch = self._plan.packer.batch(step, shape)

@@ -74,13 +74,18 @@ class Programs:
     def compile(
         self, state: TrainState, trained: Trained, steps: Iterable[BatchShape], evaluations: Iterable[BatchShape]
     ) -> None:
-        """Begins to compile what no agent needed before, the programs side by side; running one waits for it."""
+        """Begins to compile what no agent needed before, the programs side by side; `wait`, or running one, waits."""
         rate, out_shardings = np.float32(0), None if self._mesh is None else NamedSharding(self._mesh, WHOLE)
         for shape in steps:
             jitted = jax.jit(self._stepper(self._remat(shape)), donate_argnums=2, out_shardings=out_shardings)
             self._compile(("step", shape), jitted, trained, state, rate)
         for shape in evaluations:
             self._compile(("evaluation", shape), jax.jit(self._evaluate), state.lora)
+
+    def wait(self) -> None:
+        """Until everything is compiled; raises what the compiler raised."""
+        for program in self._compiled.values():
+            program.result()
 
     def step(
         self, shape: BatchShape, trained: Trained, state: TrainState, batch: Batch, rate: float

@@ -1,5 +1,6 @@
 """The sharing modes: what is run, what is read, what it costs, and that the numbers are those of the design."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -386,6 +387,7 @@ STEP = st.one_of(
     st.tuples(st.just("score"), AGENT, st.integers(1, 9)),
     st.tuples(st.just("generate"), AGENT, st.integers(1, 6)),
     st.tuples(st.just("stream"), AGENT, st.integers(1, 6)),
+    st.tuples(st.just("leave"), AGENT, st.integers(1, 6)),
     st.tuples(st.just("batch"), AGENT, st.integers(1, 6), AGENT),
     st.tuples(st.just("reload"), st.sampled_from(["plan", "reflect"])),
     st.tuples(st.just("fork"), st.integers(0, 3)),
@@ -408,7 +410,7 @@ def test_droidspeak_gives_the_logits_of_the_dense_oracle():
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
-    """Append, run, fork, roll back, reload and close at random, in a pool that is sometimes too small."""
+    """Append, run, fork, roll back, leave, reload and close at random, in a pool that is sometimes too small."""
     engine = tiny_engine(mode, recompute_layers=(1,), prefill_buckets=(8,))
     occupied = leave_free(engine, base=24, low_rank=40, recomputed=30)
     oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode, own_layers=(1,))
@@ -449,6 +451,13 @@ def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
                     assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
             for beside, *_ in rows[1:]:
                 beside.close()
+        elif name == "leave" and context.ids:
+            stream = engine.stream(trajectory, arguments[0], max_new_tokens=arguments[1], ignore_eos=True)
+            with contextlib.suppress(OutOfPagesError):
+                given = next(stream).token_ids
+                stream.close()
+                assert trajectory.token_ids == context.ids + given
+                oracle.output(context, given, arguments[0])
         elif name == "reload":
             engine.unload_adapter(arguments[0])
             engine.load_adapter(arguments[0], agents()[arguments[0]])

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import read_config, read_model
@@ -62,13 +63,7 @@ def train(
         raise InputError(f"there are validation examples for {', '.join(unknown)}, who is not trained")
     folder, config = RunFolder(out), read_config(model)
     starting = {} if init is None else read_starting_adapters(init, agents, config, options)
-    settings = options.settings() | {
-        "agents": list(agents),
-        "data": {name: file_hash(path) for name, path in agents.items()},
-        "validation": {name: file_hash(path) for name, path in validation.items()},
-        "init": {name: adapter.content_hash for name, adapter in starting.items()},
-        "model": dataclasses.asdict(config),
-    }
+    settings = _settings(options, agents, validation, starting, config)
     folder.check(settings)
     mesh = current_mesh()
     plans = _plans(model, config, agents, validation, options, num_data_parts(mesh), progress)
@@ -98,6 +93,23 @@ def train(
         return folder.finish(agent, adapter, config, options.alpha, base_model or str(model), figures)
 
     return _in_turn(plans, run, folder, config, options)
+
+
+def _settings(
+    options: TrainingOptions,
+    agents: DataFiles,
+    validation: DataFiles,
+    starting: Mapping[str, Adapter],
+    config: LlamaConfig,
+) -> dict[str, Any]:
+    """What decides the result, as far as it is known before anything is tokenised."""
+    return options.settings() | {
+        "agents": list(agents),
+        "data": {name: file_hash(path) for name, path in agents.items()},
+        "validation": {name: file_hash(path) for name, path in validation.items()},
+        "init": {name: adapter.content_hash for name, adapter in starting.items()},
+        "model": dataclasses.asdict(config),
+    }
 
 
 def _in_turn(

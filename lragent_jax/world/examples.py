@@ -108,7 +108,8 @@ def write_examples(
     """
     if num_questions < 1:
         raise InputError(f"a set needs at least one question, not {num_questions}")
-    lines, num_tokens = dict.fromkeys((*ROLES, "questions"), 0), 0
+    lines: dict[str, int] = dict.fromkeys((*ROLES, "questions"), 0)
+    num_tokens = 0
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -116,8 +116,9 @@ def test_a_step_is_adamw_of_what_is_trained_and_of_nothing_else(is_shared):
 
 def test_the_matrices_that_came_in_are_kept():
     """States are used up by steps; what agents share is not."""
-    shared = shared_part(some_lora("plan"))
-    before = shared["v"]["lora_a"].copy()
-    run_steps(some_lora("action"), jax.tree.map(jnp.asarray, shared))
-    state, _ = run_steps(some_lora("reflect"), jax.tree.map(jnp.asarray, shared))
-    assert np.asarray(state.lora["v"]["lora_a"]).tobytes() == before.tobytes()
+    want = shared_part(some_lora("plan"))
+    shared = jax.tree.map(jnp.asarray, want)
+    for agent in ("action", "reflect"):
+        state, _ = run_steps(some_lora(agent), shared)
+        assert np.asarray(state.lora["v"]["lora_a"]).tobytes() == np.asarray(want["v"]["lora_a"]).tobytes()
+    assert not shared["v"]["lora_a"].is_deleted()

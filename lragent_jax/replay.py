@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def replay(
     max_tokens: int | None = None,
     num_pages: int | None = None,
     warmup: bool = False,
-    measure_decoding: bool = True,
+    timed: bool = True,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Replays `trajectories` under every mode, each recorded output under the agent that has its role.
@@ -39,27 +39,37 @@ def replay(
     one mode at a time, of `num_pages` base pages or as many as the longest trajectory needs.
 
     No time includes a compilation: a trajectory during which something was compiled is run once more, and only the
-    second run counts. `warmup` compiles every program beforehand instead, which is cheaper where they are few; without
-    `measure_decoding` none that decodes is needed.
+    second run counts. `warmup` compiles every program beforehand instead, which is cheaper where they are few. Where
+    times do not matter, `timed=False` repeats nothing, decodes nothing, and compares a run with the reference while the
+    next one is under way.
 
     Raises `InputError` before anything is run: no tokenizer, an unknown mode or role, a role without an agent, a
-    trajectory that is too long. Host memory: the logits of one trajectory's outputs, twice.
+    trajectory that is too long. Host memory: the logits of one trajectory's outputs, twice;
+    three times if not `timed`.
     """
     modes = _checked_modes(modes, reference)
     recordings = _recordings(engine, trajectories, max_tokens)
     agents = _agents(engine, recordings, roles or {})
-    replayer = _Replayer(engine, agents, _pool_sizes(engine, recordings, agents, num_pages), progress)
+    replayer = _Replayer(engine, agents, _pool_sizes(engine, recordings, agents, num_pages), timed, progress)
     if warmup:
         replayer.warmup(modes)
     tallies: dict[SharingMode, _Tally] = {mode: _Tally() for mode in modes}
     replayer.num_calls = len(modes) * sum(recording.num_outputs for recording in recordings)
-    for i, recording in enumerate(recordings):
-        expected: list[np.ndarray] = []
-        for mode in modes:
-            what = f"{mode}, trajectory {i + 1} of {len(recordings)}"
-            run = replayer.run(mode, recording, what, measure_decoding=measure_decoding and i == 0)
-            expected = run.logits if mode == reference else expected
-            tallies[mode].add(run, expected, recording)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        comparing: Future[None] | None = None
+        for i, recording in enumerate(recordings):
+            expected: list[np.ndarray] = []
+            for mode in modes:
+                what = f"{mode}, trajectory {i + 1} of {len(recordings)}"
+                run = replayer.run(mode, recording, what, measure_decoding=timed and i == 0)
+                expected = run.logits if mode == reference else expected
+                if comparing is not None:
+                    comparing.result()
+                comparing = thread.submit(tallies[mode].add, run, expected, recording)
+                if timed:  # nothing runs beside what is timed
+                    comparing.result()
+        if comparing is not None:
+            comparing.result()
     return ReplayReport(
         modes={mode: tally.report() for mode, tally in tallies.items()},
         reference=reference,
@@ -114,9 +124,14 @@ class _Replayer:
     """Gives each mode an engine of its own, for as long as it runs."""
 
     def __init__(
-        self, engine: Engine, agents: dict[str, str | None], pool_sizes: dict[str, int], progress: Progress | None
+        self,
+        engine: Engine,
+        agents: dict[str, str | None],
+        pool_sizes: dict[str, int],
+        timed: bool,
+        progress: Progress | None,
     ):
-        self._engine, self._agents, self._pool_sizes = engine, agents, pool_sizes
+        self._engine, self._agents, self._pool_sizes, self._timed = engine, agents, pool_sizes, timed
         self._progress = progress or (lambda done, total, what: None)
         self._num_done = 0
         self._num_shown = 0  # never goes back, though a run that compiled is repeated
@@ -143,7 +158,7 @@ class _Replayer:
         engine, num_done = self._make(mode), self._num_done
         with CompileWatch() as watch:
             run = self._run(engine, recording, what, measure_decoding)
-        if watch.num_programs:
+        if watch.num_programs and self._timed:
             self._num_done = num_done
             run = self._run(engine, recording, f"{what}, compiled", measure_decoding)
         return run

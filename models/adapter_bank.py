@@ -3,6 +3,7 @@
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.pytree import pytree
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -40,7 +41,7 @@ class AdapterBank:
 
 def shrink(x: Float[Array, "B T in_width"], lora_a: Float[Array, "B in_width r"]) -> Float[Array, "B T r"]:
     """X A, each row with its own A: r numbers per token, in x's dtype."""
-    return jnp.einsum("btd,bdr->btr", x, lora_a)
+    return matrix_product(lambda x, lora_a: jnp.einsum("btd,bdr->btr", x, lora_a), x, lora_a)
 
 
 def expand(low_rank: Float[Array, "B T r"], lora_b: Float[Array, "B r out_width"]) -> Float[Array, "B T out_width"]:

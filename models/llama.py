@@ -17,6 +17,7 @@ from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.packed_rows import PackedRows, attend_packed
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
@@ -46,6 +47,10 @@ class LayerAdapters:
         return jax.vmap(lambda groups: shrink(x, lora_a[groups]))(group_ids)
 
 
+def _projection(x: Float[Array, "B T in_width"], kernel: Float[Array, "in_width out_width"]) -> Array:
+    return jnp.einsum("bti,io->bto", x, kernel)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b). `axes` are the legend's letters of W's two sides, for shardings."""
 
@@ -54,7 +59,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_width,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"]:
-        y = jnp.einsum("bti,io->bto", x, self.kernel[...])
+        y = matrix_product(_projection, x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -69,7 +74,7 @@ class ReducingLinear(Linear):
         self, x: Float[Array, "B T in_width"], target: str, adapters: LayerAdapters
     ) -> Float[Array, "B T out_width"]:
         def partial(x, kernel, pair: LoraPair | None, *chosen):
-            y = jnp.einsum("bti,io->bto", x, kernel)
+            y = matrix_product(_projection, x, kernel)
             return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
 
         pair = adapters.pairs.get(target)

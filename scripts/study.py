@@ -65,7 +65,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = _names(arguments.kinds, tuple(folders)) if arguments.kinds else list(folders)
     sets = [read_agents(name, folders[name], config) for name in chosen]
     recorded_study = None
-    if arguments.recorded_adapters and arguments.recorded:
+    if bool(arguments.recorded_adapters) != bool(arguments.recorded):
+        raise InputError("--recorded and --recorded-adapters belong together: give both or neither")
+    if arguments.recorded_adapters:
         agents = read_agents(RECORDED_KIND, arguments.recorded_adapters, config)
         recorded_study = RecordedStudy(agents, read_trajectories(arguments.recorded))
     if not sets and recorded_study is None:

@@ -31,6 +31,7 @@ class Case:
     r_k: int = 0
     dtype: str = "float32"
     shared_pages: int = 0  # this many first pages are the same ones for all rows
+    own_low_rank: bool = False  # but low-rank pages are every row's own
     q_scale: float = 1.0
     sm_scale: float | None = None
 
@@ -40,6 +41,15 @@ CASES = (
     Case("decode", rows=((36, 37, 1), (32, 33, 2)), K=3, G=3, H=64, p=16),
     Case(
         "decode, agents on one prefix", rows=((40, 41, 1), (40, 41, 2), (23, 24, 3), (31, 32, 0)), G=4, shared_pages=2
+    ),
+    Case(
+        "decode, A-groups on one prefix",  # more than one product of the GPU's holds, and the last of them not full
+        rows=((66, 67, 3), (70, 71, 1), (70, 71, 2), (64, 65, 5), (69, 70, 4), (65, 66, 0)),
+        K=1,
+        G=4,
+        r_v=32,
+        shared_pages=2,
+        own_low_rank=True,
     ),
     Case("prefill, ragged", rows=RAGGED, T=5),
     Case("large scores", rows=RAGGED, T=5, q_scale=40.0),
@@ -90,9 +100,9 @@ def make_inputs(case: Case, garbage: float = np.nan) -> Inputs:
     def normal(*shape, scale=1.0):
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    def make_table(reads):
+    def make_table(reads, shared_pages):
         table = rng.permutation(P)[: B * W].reshape(B, W).astype(np.int32)
-        table[:, : case.shared_pages] = table[0, : case.shared_pages]
+        table[:, :shared_pages] = table[0, :shared_pages]
         held = np.arange(W)[None] * p < np.where(reads, kv_lens, 0)[:, None]
         nowhere = np.array([-1, P, 2**31 - 1, -(2**31)], np.int32)
         unread = nowhere[np.arange(B * W).reshape(B, W) % 4] if np.isnan(garbage) else table[:, ::-1]
@@ -118,7 +128,8 @@ def make_inputs(case: Case, garbage: float = np.nan) -> Inputs:
         return np.where(used[:, None, None, None], values, garbage).astype(case.dtype)
 
     everywhere, adapted = np.ones(B, bool), adapter_ids > 0
-    base_table, low_rank_table = make_table(everywhere), make_table(adapted)
+    base_table = make_table(everywhere, case.shared_pages)
+    low_rank_table = make_table(adapted, 0 if case.own_low_rank else case.shared_pages)
     base = make_pool(base_table, everywhere, K, 2 * H)
     assert base is not None
     positions = q_starts[:, None] + np.arange(T)

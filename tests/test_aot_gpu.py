@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import aot
@@ -15,6 +16,7 @@ from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, tuned
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS, dispatch
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BlockSizes as MosaicPrefill
 from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes
+from lragent_jax.models.matrix_product import matrix_product
 
 pytestmark = pytest.mark.aot
 
@@ -75,7 +77,7 @@ def test_compiles_at_the_shapes_of_llama(implementation, path, ranks, p, H):
     check(compile_attention(implementation, shapes), shapes, implementation)
 
 
-@pytest.mark.parametrize("r_v", [8, 32, 64])
+@pytest.mark.parametrize("r_v", [8, 24, 32, 64])
 @pytest.mark.parametrize("path", ["prefill", "decode, agents"])
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_compiles_at_other_ranks(implementation, path, r_v):
@@ -127,3 +129,24 @@ def test_a_copied_pool_is_seen():
     assert len(aot.copies_of(copied, base)) > 0
     with pytest.raises(AssertionError):
         check(copied, shapes, "xla")
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "weight"),
+    [
+        ("bti,io->bto", (1, 1, 4096), (4096, 1024)),
+        ("btd,bdr->btr", (8, 1, 4096), (8, 4096, 16)),
+    ],
+)
+def test_a_token_times_a_weight_is_a_product_of_matrices(equation, x, weight):
+    """And would be none if it were written down plainly: once that is no longer so, `matrix_product` can go."""
+
+    def plain(x, weight):
+        return jnp.einsum(equation, x, weight)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, weight)]
+    found = [
+        bool(re.search(r" dot\(|__cublas", aot.compile_for(aot.h100(), product, *shapes).as_text() or ""))
+        for product in (plain, functools.partial(matrix_product, plain))
+    ]
+    assert found == [False, True]

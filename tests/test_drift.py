@@ -32,6 +32,16 @@ def test_it_is_the_mean_over_all_positions_that_were_added():
     assert 0 < drift.top1_agreement < 1
 
 
+def test_likelihood_is_that_of_the_tokens_that_followed():
+    reference, other = logits(70, seed=1), logits(70, seed=2)
+    tokens = np.random.default_rng(3).integers(0, 11, 70).tolist()
+    drift = Drift()
+    for start, stop in ((0, 33), (33, 70)):
+        drift.add(reference[start:stop], other[start:stop], tokens[start:stop])
+    wanted = [math.log(sum(map(math.exp, row))) - row[i] for row, i in zip(other.tolist(), tokens, strict=True)]
+    assert drift.nll == pytest.approx(np.mean(wanted), rel=1e-9)
+
+
 def test_direction_matters():
     reference, other = logits(5, seed=1), logits(5, seed=2)
     there, back = Drift(), Drift()

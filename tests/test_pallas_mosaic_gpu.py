@@ -64,7 +64,10 @@ class TestManyQueries(AttentionContract):
     not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
     reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
 )
-@pytest.mark.parametrize(("name", "p"), [("decode, agents on one prefix", 32), ("low-rank keys", 64)])
+@pytest.mark.parametrize(
+    ("name", "p"),
+    [("decode, agents on one prefix", 32), ("decode, A-groups on one prefix", 32), ("low-rank keys", 64)],
+)
 def test_decode_interpreted_equals_the_oracle_without_races(name, p, capsys):
     case = to_kernel(BY_NAME[name], p=p, H=64)
     args, keywords = arguments(make_inputs(case))

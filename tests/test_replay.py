@@ -1,5 +1,6 @@
 """Replays: counts and bytes against the arithmetic of the modes, drift against its definition, and every refusal."""
 
+import dataclasses
 import json
 import math
 import weakref
@@ -169,6 +170,19 @@ def test_the_report_is_one_line_of_json_in_the_promised_form():
         assert all(math.isfinite(value) for value in mode.values())
         assert mode["ttft_s"] > 0
         assert mode["tokens_per_s"] > 0
+
+
+def test_recordings_are_replayed_as_they_are_and_untimed_runs_measure_the_same():
+    timed = replay(text_engine(), TRAJECTORIES, ["full", "base_lr"])
+    recordings = [Recording.tokenize(trajectory, tokenizer()) for trajectory in TRAJECTORIES]
+    untimed = replay(text_engine(), recordings, ["full", "base_lr"], timed=False)
+    assert (untimed.num_tokens, untimed.num_output_tokens) == (timed.num_tokens, timed.num_output_tokens)
+    for mode, figures in untimed.modes.items():
+        assert figures.tokens_per_s is None
+        assert dataclasses.replace(timed.modes[mode], ttft_s=0, tokens_per_s=None) == dataclasses.replace(
+            figures, ttft_s=0
+        )
+        assert figures.nll > 0
 
 
 def test_long_trajectories_are_cut_behind_an_output():

@@ -1,5 +1,6 @@
 """Training examples: files, lengths, and pieces that tokenise as the whole text does."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -30,23 +31,29 @@ def lines_of(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+def whole_text(line: dict[str, str]) -> str:
+    """The trajectory, of a line of reflect."""
+    return line["input"] + line["output"]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples") / "new"
-    numbers = write_examples(folder, "train", 30, 1, words, Mix.of_length(400))
-    return folder, numbers
+    size = write_examples(folder, "train", 30, 1, words, Mix.of_length(400))
+    return folder, size
 
 
 def test_files_hold_what_each_agent_reads_and_writes(written):
-    folder, numbers = written
+    folder, size = written
     for role in ROLES:
         lines = lines_of(folder, role)
-        assert len(lines) == numbers[role]
+        assert len(lines) == size.lines[role]
         assert all(line.keys() == {"input", "output"} and line["input"] and line["output"] for line in lines)
     assert all(line["input"].endswith("[") and line["output"].endswith("]\n") for line in lines_of(folder, "action"))
     assert all(line["input"].endswith(":") and line["output"][-1] in "[\n" for line in lines_of(folder, "plan"))
     assert all(line["input"].endswith("\nReflect:") for line in lines_of(folder, "reflect"))
-    assert numbers["questions"] == numbers["reflect"] == 30
+    assert size.lines["questions"] == size.lines["reflect"] == 30
+    assert size.mean_tokens == pytest.approx(sum(words(whole_text(line)) for line in lines_of(folder, "reflect")) / 30)
 
 
 @pytest.mark.parametrize("role", ["plan", "action"])
@@ -88,13 +95,15 @@ def test_trajectories_have_the_length_that_was_asked_for(target):
 
 
 def test_the_mix_draws_every_length_and_every_mistake():
-    drawn = [DEFAULT_MIX.draw(question) for question in make_questions("train", 1500, 0, 1)]
+    question = next(make_questions("train", 1, 0))
+    drawn = [DEFAULT_MIX.draw(dataclasses.replace(question, number=number)) for number in range(1500)]
     mistakes = Counter(mistake for _, mistake in drawn)
     assert 0.35 < 1 - mistakes[None] / 1500 < 0.45
     assert all(80 < mistakes[mistake] < 160 for mistake in MISTAKES)
     for band in DEFAULT_MIX.lengths:
         share = sum(band.low <= length <= band.high for length, _ in drawn) / 1500
-        assert abs(share - band.share) < 0.05
+        assert abs(share - band.share) < 0.03
+    assert 800 < sum(length for length, _ in drawn) / 1500 < 1000
     assert sum(band.share for band in DEFAULT_MIX.lengths) == pytest.approx(1)
     only = Mix(lengths=(LengthBand(2, 5, 5), LengthBand(0, 9, 9)), mistakes_share=0)
     assert {only.draw(question) for question in make_questions("train", 50, 0)} == {(5, None)}
@@ -121,7 +130,7 @@ def test_pieces_tokenise_as_the_whole_text_does():
     tokenizer = load_tokenizer(demo.find_model())
     assert tokenizer is not None
     for split in SPLITS:
-        for question in make_questions(split, 12, 5):
+        for question in make_questions(split, 6, 5):
             pieces = trajectory(question, words)
             pieces_ids = [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece.text, add_bos=n == 0)]
             assert pieces_ids == tokenizer.encode(text_of(pieces), add_bos=True)
@@ -138,9 +147,9 @@ def test_the_command_writes_a_set(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"{out / 'plan.jsonl'}: {len(lines_of(out, 'plan'))} lines" in result.stdout
     assert "trajectories of evaluation" in result.stderr
-    for line in lines_of(out, "reflect"):
-        num_tokens = len(text_models.tokenizer().encode(line["input"] + line["output"]))
-        assert 1300 < num_tokens <= 1501
+    lengths = [len(text_models.tokenizer().encode(whole_text(line))) for line in lines_of(out, "reflect")]
+    assert all(1300 < length <= 1501 for length in lengths)
+    assert f"3 trajectories of {sum(lengths) / 3:,.0f} tokens on average" in result.stdout
     assert [line["split"] for line in lines_of(out, "questions")] == ["evaluation"] * 3
 
 

@@ -35,9 +35,10 @@ def world(
         progress(0, 0, "reading the tokenizer")
         encode = _tokenizer(find_model() if model is None else model).encode
         mix = DEFAULT_MIX if tokens is None else Mix.of_length(tokens)
-        numbers = write_examples(out, split, num_questions, seed, TokenCounter(encode), mix, progress)
-    for name, number in numbers.items():
+        size = write_examples(out, split, num_questions, seed, TokenCounter(encode), mix, progress)
+    for name, number in size.lines.items():
         print(f"{out / name}.jsonl: {number} lines")
+    print(f"{num_questions} trajectories of {size.mean_tokens:,.0f} tokens on average")
 
 
 def _tokenizer(model: Path) -> "Tokenizer":

@@ -10,7 +10,7 @@ from lragent_jax.sharing import SHARING_MODES
 from lragent_jax.study.grid import Grid
 from lragent_jax.study.results import Results
 
-_COLOURS = dict(
+_COLOURS: dict[str, str] = dict(
     zip(SHARING_MODES, ("#222222", "#c1272d", "#0571b0", "#1b9e77", "#7570b3", "#e6a100", "#8c564b"), strict=True)
 )
 _MAIN_LENGTH = 1000
@@ -27,7 +27,7 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         path = folder / f"accuracy-{name}.png"
         figure.savefig(path, dpi=120, metadata={"Software": None})
         pyplot.close(figure)
@@ -55,7 +55,7 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
         found = [
             (tokens, group.accuracy()) for tokens in grid.lengths(kind) if (group := grid.group(kind, mode, tokens))
         ]
-        shift = 1 + 0.012 * (i - len(modes) / 2)  # so that intervals stand side by side
+        shift = 1 + 0.02 * (i - len(modes) / 2)  # so that intervals stand side by side
         xs, estimates = [tokens * shift for tokens, _ in found], [estimate for _, estimate in found]
         axes.errorbar(
             xs, [100 * e.value for e in estimates], yerr=_bars(estimates),

@@ -21,7 +21,7 @@ def share(right: str) -> Estimate:
     n, p = len(right), right.count("1") / len(right)
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half))
+    return Estimate(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
 def paired_difference(right: str, reference: str) -> Estimate:

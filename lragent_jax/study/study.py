@@ -118,13 +118,18 @@ class Study:
         facts = {"kind": agents.name, "tokens": max(recording.num_tokens for recording in found)}
         return self._teacher_forced("recorded", agents, lambda: found, len(found), key, facts)
 
-    def _teacher_forced(self, part: str, agents: AgentSet, make, number: int, key: str, facts: Mapping) -> bool:
+    def _teacher_forced(self, part: str, agents: AgentSet, make, number: int, key: str, facts: dict[str, Any]) -> bool:
         """Blocks of trajectories, each under all modes that are missing for it. `key` has a place for the mode."""
         recordings = None
         for start in range(0, number, self._scale.block):
             size = min(self._scale.block, number - start)
-            names = {mode: f"{key.format(mode=mode)} {start}:{start + size}" for mode in modes_of(agents, self._modes)}
-            modes = [mode for mode, name in names.items() if not self._results.has(part, name)]
+
+            def name(mode: SharingMode, span: str = f"{start}:{start + size}") -> str:
+                return f"{key.format(mode=mode)} {span}"
+
+            modes: list[SharingMode] = [
+                mode for mode in modes_of(agents, self._modes) if not self._results.has(part, name(mode))
+            ]
             if not modes:
                 continue
             like = [{"mode": mode, "number": size} | facts for mode in modes]
@@ -135,8 +140,8 @@ class Study:
             block = recordings[start : start + size]
             with self._timed(part, modes) as spent:
                 found = run_block(self._bench, agents, modes, block, layers, self._labelled(key, 0, 0))
-            shares = {name: seconds / len(modes) for name, seconds in spent.items()}
-            cells = {names[mode]: {"mode": mode, "number": size} | facts | found[mode] | shares for mode in modes}
+            shares = {of: seconds / len(modes) for of, seconds in spent.items()}
+            cells = {name(mode): {"mode": mode, "number": size} | facts | found[mode] | shares for mode in modes}
             self._results.add(part, cells)
         return True
 

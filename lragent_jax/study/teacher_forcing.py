@@ -26,7 +26,7 @@ def run_block(
     longest = -(-engine.config.context_length // engine.cache_stats().page_size)
     report = replay(
         engine, recordings, modes,
-        num_pages=longest * len(ROLES), measure_decoding=False, progress=progress,
+        num_pages=longest * len(ROLES), timed=False, progress=progress,
     )  # fmt: skip
     return {
         mode: {

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lragent_jax.world.transcript import Piece, text_of, tool_name
 
 @dataclasses.dataclass(frozen=True)
 class LengthBand:
-    """`share` of trajectories has a length drawn evenly from [low, high] tokens."""
+    """`share` of trajectories has a length drawn evenly from [low, high] tokens; longer episodes stay as they are."""
 
     share: float
     low: int
@@ -30,16 +30,17 @@ class LengthBand:
 class Mix:
     """What a training set is made of: lengths in tokens, and how often the oracle makes a mistake.
 
-    By default 45 % of trajectories have 400 to 800 tokens, 35 % 800 to 1 500, 12 % 1 500 to 3 500 and 8 % 3 500 to
-    7 500 (1 400 on average); 1, 2 and 3 hops come in turn; 40 % of episodes hold a mistake, of five kinds in equal
-    parts.
+    By default most trajectories are hardly padded (bare they have 160 to 400 tokens), since what an agent learns from
+    is episodes, and the mean is about 900 tokens; one in ten has over 2 000, so that long contexts are met, too. 1, 2
+    and 3 hops come in turn; 40 % of episodes hold a mistake, of five kinds in equal parts.
     """
 
     lengths: tuple[LengthBand, ...] = (
-        LengthBand(0.45, 400, 800),
-        LengthBand(0.35, 800, 1500),
-        LengthBand(0.12, 1500, 3500),
-        LengthBand(0.08, 3500, 7500),
+        LengthBand(0.60, 150, 450),
+        LengthBand(0.20, 450, 1000),
+        LengthBand(0.10, 1000, 2000),
+        LengthBand(0.06, 2000, 4000),
+        LengthBand(0.04, 4000, 7500),
     )
     mistakes_share: float = 0.4
     layout: Layout = DEFAULT_LAYOUT
@@ -59,6 +60,14 @@ class Mix:
 
 
 DEFAULT_MIX = Mix()
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSize:
+    """Lines of each file of a set, and the mean number of tokens of its trajectories."""
+
+    lines: Mapping[str, int]
+    mean_tokens: float
 
 
 def padding_for(
@@ -91,33 +100,32 @@ def write_examples(
     count_tokens: CountTokens,
     mix: Mix = DEFAULT_MIX,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, int]:
+) -> SetSize:
     """Writes plan.jsonl, action.jsonl and reflect.jsonl, lines of `input` and `output`, and questions.jsonl.
 
     Lines of one trajectory follow one another, and where an agent speaks again its line's input begins with the one
-    before, input and output. Returns the number of lines of each file. Raises `InputError` for arguments that make no
-    set and a folder that cannot be written.
+    before, input and output. Raises `InputError` for arguments that make no set and a folder that cannot be written.
     """
     if num_questions < 1:
         raise InputError(f"a set needs at least one question, not {num_questions}")
-    numbers: dict[str, int] = dict.fromkeys((*ROLES, "questions"), 0)
+    lines, num_tokens = dict.fromkeys((*ROLES, "questions"), 0), 0
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = {name: stack.enter_context((folder / f"{name}.jsonl").open("w")) for name in numbers}
+            files = {name: stack.enter_context((folder / f"{name}.jsonl").open("w")) for name in lines}
         except OSError as error:
             raise InputError(f"{folder} cannot be written to: {error}") from error
         for question in make_questions(split, num_questions, seed):
             if progress and question.number % _QUESTIONS_PER_REPORT == 0:
                 progress(question.number, num_questions, f"trajectories of {split}")
-            for role, line in _lines(trajectory(question, count_tokens, mix)):
-                files[role].write(line)
-                numbers[role] += 1
-            files["questions"].write(f"{json.dumps(dataclasses.asdict(question))}\n")
-            numbers["questions"] += 1
+            pieces = trajectory(question, count_tokens, mix)
+            num_tokens += count_tokens(text_of(pieces))
+            for name, line in (*_lines(pieces), ("questions", f"{json.dumps(dataclasses.asdict(question))}\n")):
+                files[name].write(line)
+                lines[name] += 1
     if progress:
         progress(num_questions, num_questions, f"trajectories of {split}")
-    return numbers
+    return SetSize(lines, num_tokens / num_questions)
 
 
 _QUESTIONS_PER_REPORT = 100

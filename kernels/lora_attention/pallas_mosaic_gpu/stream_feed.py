@@ -120,7 +120,8 @@ class LowRankFeed:
         """Readers whose page ids come looked up: whole buffers of them."""
         pools = bool(shapes.r_v) + bool(shapes.r_k)
         most = MAX_AHEAD // (shapes.pages_per_block * pools) // self.joined * self.joined
-        return min(shapes.readers, max(self.joined, most))
+        products = -(-shapes.readers // self.joined)
+        return min(products * self.joined, max(self.joined, most))
 
     def rows_of(self, item, first, number: int, shapes: Shapes) -> list:
         """The rows whose tables readers [first, first + number) follow; behind the last reader his again."""
@@ -141,7 +142,7 @@ class LowRankFeed:
         count, ahead = self.readers.count[item], len(pages)
         for first in range(0, ahead, self.joined):
             self._copy(jnp.int32(first), count, j, pages[first : first + self.joined], shapes)
-        if shapes.readers == ahead:
+        if shapes.readers <= ahead:
             return
         together = max(TOGETHER, self.joined)
 
@@ -155,7 +156,12 @@ class LowRankFeed:
         lax.fori_loop(0, lax.div(jnp.maximum(count - ahead, 0) + together - 1, jnp.int32(together)), some, None)
 
     def _copy(self, first, count, j, pages: list[list], shapes: Shapes) -> None:
-        """Blocks of the readers from `first` on into their buffer. For readers that are not there, only a sign."""
+        """Blocks of the readers from `first` on into their buffer.
+
+        Of the readers that are not there only a sign comes where there is one buffer: nobody's lanes are theirs. Of
+        several, rows of the others multiply this one by 0, which would make NaN of what happens to lie in it: the last
+        reader's pages come again.
+        """
         products, rank = -(-shapes.readers // self.joined), self.pool.shape[1]
         product = lax.div(first, jnp.int32(self.joined))
         buffer = self.smem.at[low_rank_block(j, product, products, shapes)]
@@ -169,17 +175,14 @@ class LowRankFeed:
                 block = buffer.at[i, pl.ds(n * rank, rank)]
                 tell(functools.partial(plgpu.copy_gmem_to_smem, slots, block))
 
+        def only_tell() -> None:
+            for _ in range(shapes.pages_per_block):
+                tell(plgpu.barrier_arrive)
+
         @pl.when(first < count)
         def _():
             bring_one(0)
             for n in range(1, self.joined):
-                if n >= len(pages):  # the last buffer of all is not full
-                    missing = True
-                else:
-                    missing = first + n >= count
-                    pl.when(first + n < count)(lambda n=n: bring_one(n))
-
-                @pl.when(missing)
-                def _():
-                    for _ in range(shapes.pages_per_block):
-                        tell(plgpu.barrier_arrive)
+                needed = (first + n < count) | (count > self.joined)
+                pl.when(needed)(functools.partial(bring_one, n))
+                pl.when(~needed)(only_tell)

@@ -43,7 +43,8 @@ class Shapes:
         """
         if not self.r_v or self.r_k:
             return 1
-        return 1 << (min(self.readers, max(1, PRODUCT_WIDTH // self.compute // self.r_v)) - 1).bit_length()
+        fitting = max(1, PRODUCT_WIDTH // self.compute // self.r_v)
+        return min(1 << (fitting.bit_length() - 1), 1 << (self.readers - 1).bit_length())
 
     @property
     def products(self) -> int:

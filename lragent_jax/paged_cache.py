@@ -159,9 +159,12 @@ class PagedCache:
 
     def _evict(self, writers: Mapping[tuple[PagePool, int], int]) -> None:
         """Makes room for what is going to be written, or raises `OutOfPagesError` and changes nothing."""
-        needed = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
-        needs = {name: (pool, needed[name] - pool.num_free)
-                 for name, pool in self.pools.items() if needed[name] > pool.num_free}  # fmt: skip
+        needed: dict[PoolName, int] = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+        needs: dict[PoolName, tuple[PagePool, int]] = {
+            name: (pool, needed[name] - pool.num_free)
+            for name, pool in self.pools.items()
+            if needed[name] > pool.num_free
+        }
         if not needs:
             return
         victims, num_freed = choose_victims(

@@ -5,6 +5,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.page_pool import PagePool
@@ -43,13 +44,12 @@ def choose_victims(
     its copy if all others are about to write to it. `cost`: to compute page i of a context again, in any unit.
 
     Leaves go first, the least worth of them before the others. A page of the low-rank or recomputed pool goes alone
-    only where nobody wrote it together with the base page beside it: base pages behind that were shaped by it, and
-    whoever made it again under another writer would read them beside something else.
+    where it would be made again as it was. It would not be where another adapter of its A-group might make it, while
+    base pages that were written beside it, and shaped by it, stay: then they go together, as long as that will do.
     """
     plan = _Plan(tree, writers, cost)
     for pool, count in needs.values():
-        if not plan.take(pool, count, alone=True):
-            plan.take(pool, count, alone=False)
+        any(plan.take(pool, count, what) for what in ("alone", "with base", "any"))
     return plan.victims, {name: plan.num_freed(pool) for name, (pool, _) in needs.items()}
 
 
@@ -65,16 +65,18 @@ class _Plan:
     def num_freed(self, pool: PagePool) -> int:
         return self._freed[pool]
 
-    def take(self, pool: PagePool, count: int, *, alone: bool) -> bool:
+    def take(self, pool: PagePool, count: int, what: Literal["alone", "with base", "any"]) -> bool:
         """Decides until `count` pages of `pool` come free: its own leaves, or base leaves with all beside them."""
 
         def eligible(node: PageNode, key: PageKey) -> bool:
             if (node, key) in self._gone or not self._is_leaf(node, key):
                 return False
             cached = node.pages[key]
-            if key.pool == "base":
-                return (cached.pool is pool or not alone) and self._frees(cached)
-            return alone and cached.pool is pool and self._frees(cached) and not _supports(node, key)
+            if not self._frees(cached):
+                return False
+            if what == "with base":
+                return key.pool == "base"
+            return cached.pool is pool and (key.pool == "base" or what == "any" or not _supports(node, key))
 
         tie = itertools.count()
         heap = [(self._worth(*leaf), next(tie), *leaf) for leaf in self._entries() if eligible(*leaf)]
@@ -116,6 +118,6 @@ class _Plan:
 
 
 def _supports(node: PageNode, key: PageKey) -> bool:
-    """Whether somebody who wrote the page wrote the base page beside it, and so read its tokens in doing so."""
+    """Whether a writer of the page wrote the base page beside it, and others than that one might make it again."""
     base = {span.writer for other, cached in node.pages.items() if other.pool == "base" for span in cached.spans}
-    return any(span.writer in base for span in node.pages[key].spans)
+    return any(span.writer in base and span.writer != key.owner for span in node.pages[key].spans)

@@ -160,6 +160,28 @@ def test_a_low_rank_page_that_nobody_wrote_beside_goes_alone(tree, pools):
     assert (pools["base"].num_used, pools["low_rank"].num_used) == (3, 1)
 
 
+def test_a_low_rank_page_that_base_pages_rest_on_takes_them_along(tree, pools):
+    context = Context(tree, pools, IDS, [BASE, LOW_RANK])
+    context.read("plan")
+    context.close()
+    assert evict(tree, pools["low_rank"], "low_rank", 1)
+    assert (pools["base"].num_used, pools["low_rank"].num_used) == (2, 2)
+
+
+def test_low_rank_pages_go_alone_where_only_their_owner_writes_them_and_where_nothing_else_is_left(tree, pools):
+    context = Context(tree, pools, IDS, [BASE, LOW_RANK])
+    context.read("a")
+    for run in (context.runs.pop(LOW_RANK),):
+        run.truncate(0)
+    assert evict(tree, pools["low_rank"], "low_rank", 1), "it is its owner's, who would make it again as it was"
+    Context(tree, pools, [1, 2], [BASE]).read("plan")
+    rest = Context(tree, pools, [1, 2], [BASE, LOW_RANK])
+    rest.read("plan")
+    rest.runs[LOW_RANK].truncate(0)
+    assert evict(tree, pools["low_rank"], "low_rank", 3), "its base page is held, and the call goes before"
+    assert (pools["base"].num_used, pools["low_rank"].num_used) == (4, 0)
+
+
 def test_pages_that_others_hold_stay(tree, pools):
     held, gone = Context(tree, pools, IDS), Context(tree, pools, [1, 2, 3, 4])
     held.read()

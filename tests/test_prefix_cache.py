@@ -1,6 +1,7 @@
 """Contexts that begin alike: what is read once, who wrote it, and that writers alone decide an answer."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -243,7 +244,7 @@ def test_interrupted_calls_leave_nothing_wrong(mode, monkeypatch):
 
 def test_a_stream_that_is_left_shares_what_joined():
     engine = warm_engine("base_lr")
-    stream = engine.stream(QUESTION, "plan", max_new_tokens=30, ignore_eos=True)
+    stream: Any = engine.stream(QUESTION, "plan", max_new_tokens=30, ignore_eos=True)
     shown = next(stream).token_ids + next(stream).token_ids + next(stream).token_ids
     assert engine.generate(QUESTION, "plan", max_new_tokens=1).num_cached_tokens == 32, "beside a running stream"
     stream.close()

@@ -10,7 +10,7 @@ from lragent_jax.eviction import choose_victims, recompute_flop, worth
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageRun, Span
-from lragent_jax.prefix_tree import Path, PrefixTree
+from lragent_jax.prefix_tree import PageNode, Path, PrefixTree
 from lragent_jax.sharing import PageKey
 
 P = 2
@@ -171,8 +171,7 @@ def test_a_low_rank_page_that_base_pages_rest_on_takes_them_along(tree, pools):
 def test_low_rank_pages_go_alone_where_only_their_owner_writes_them_and_where_nothing_else_is_left(tree, pools):
     context = Context(tree, pools, IDS, [BASE, LOW_RANK])
     context.read("a")
-    for run in (context.runs.pop(LOW_RANK),):
-        run.truncate(0)
+    context.runs.pop(LOW_RANK).truncate(0)
     assert evict(tree, pools["low_rank"], "low_rank", 1), "it is its owner's, who would make it again as it was"
     Context(tree, pools, [1, 2], [BASE]).read("plan")
     rest = Context(tree, pools, [1, 2], [BASE, LOW_RANK])
@@ -283,8 +282,9 @@ def test_any_history_is_consistent(operations):
                         if run.is_full(index):
                             beginning = (key, tuple(context.ids[: (index + 1) * P]), tuple(run.page_spans(index)))
                             holds.setdefault((key.pool, page), set()).add(beginning)
-        beginnings = {tree.root: ()}
+        beginnings: dict[PageNode, tuple[int, ...]] = {tree.root: ()}
         for node in tree.nodes():
+            assert node.parent is not None
             assert node.parent.children[node.token_ids] is node
             beginnings[node] = beginnings[node.parent] + node.token_ids
             assert node.pages

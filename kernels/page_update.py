@@ -36,7 +36,7 @@ def update_pages(
 ) -> Float[Array, "P r p"]:
     """Slots [first[i], end[i]) of page pages[i] become those of contents[i]; a page without any is left alone.
 
-    No page may be named twice.
+    No page may be given slots twice: both would write all of it. Without any it may be named as often as you like.
     """
     n, *page_shape = contents.shape
     chunk = max(1, min(n, MAX_BUFFER_BYTES // (math.prod(page_shape) * pool.dtype.itemsize)))

@@ -58,13 +58,13 @@ class Engine:
         """`options` are the fields of `EngineOptions`."""
         self.config, self.tokenizer, self.options = config, tokenizer, EngineOptions.from_keywords(options)
         self._sharing = Sharing(self.options.sharing)
+        chosen = layers_to_recompute(self.options.recompute_layers, config.num_layers)
         dtype = jax.tree.leaves(params)[0].dtype
         self._registry = AdapterRegistry(
             config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank
         )
-        page_size, chosen = self.options.page_size, self.options.recompute_layers
+        page_size = self.options.page_size
         assert page_size is not None
-        recomputed_layers = layers_to_recompute(chosen, config.num_layers) if self._sharing.recomputes else ()
         self._cache = PagedCache(
             config,
             dtype,
@@ -72,7 +72,7 @@ class Engine:
             num_pages=self.options.num_pages,
             num_low_rank_pages=self._num_low_rank_pages(),
             low_rank_ranks={} if self._sharing.merged else self._registry.low_rank_ranks,
-            recomputed_layers=recomputed_layers,
+            recomputed_layers=chosen if self._sharing.recomputes else (),
             num_recomputed_pages=self._num_recomputed_pages(),
         )
         self._executor = Executor(
@@ -138,8 +138,9 @@ class Engine:
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
-        wanted, _ = _dtype(dtype), EngineOptions.from_keywords(options)
+        wanted, checked = _dtype(dtype), EngineOptions.from_keywords(options)
         config = LlamaConfig.preset(preset)
+        layers_to_recompute(checked.recompute_layers, config.num_layers)
         adapters = {
             agent: random_adapter(
                 config, rank=rank, targets=targets, seed=seed + i, shared_a_seed=seed if shared_a else None
@@ -192,7 +193,7 @@ class Engine:
     # Adapters.
 
     def load_adapter(self, name: str, source: str | Path | Adapter) -> None:
-        """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow."""
+        """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow, and only that."""
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
         with self._exclusive():
             before = copy.copy(self._registry)

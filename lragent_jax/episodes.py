@@ -27,6 +27,7 @@ EXTRA_TOKENS = 640
 
 _MOST_TOKENS = {"thought": 40, "tool": 6, "argument": 16, "verdict": 24}
 _STEP_TOKENS = sum(_MOST_TOKENS.values()) + 40  # and its labels, with reserve
+_FILLER_ID = 0  # any token will do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,8 @@ def run_episodes(
             rows = []
             for question in batch:
                 padding = padding_for(question, target_tokens, count_tokens, layout)
-                row = _Row(engine, stack.enter_context(engine.trajectory()), question, limit)
-                row.tools = Tools(question.world, padding.results)
+                tools = Tools(question.world, padding.results)
+                row = _Row(engine, stack.enter_context(engine.trajectory()), question, tools, limit)
                 row.begin_step(transcript.opening(question.text, padding.notes))
                 rows.append(row)
             runner = _Runner(engine, agents, sampling, padded_size)
@@ -134,10 +135,9 @@ def num_pages(engine: Engine, target_tokens: int | None, batch_size: int = 64) -
 class _Row:
     """One episode on its way."""
 
-    def __init__(self, engine: Engine, trajectory: Trajectory, question: Question, limit: int):
+    def __init__(self, engine: Engine, trajectory: Trajectory, question: Question, tools: Tools, limit: int):
         assert engine.tokenizer is not None
-        self.trajectory, self.question = trajectory, question
-        self.tools = Tools(question.world)
+        self.trajectory, self.question, self.tools = trajectory, question, tools
         self.tool: Tool | None = None
         self.answer: str | None = None
         self.verdict: Verdict | None = None
@@ -258,9 +258,6 @@ class _Runner:
         outputs = self._engine.generate(prompts, self._agents[role], row_params)
         for row, output in zip(rows, outputs, strict=False):
             then(row, row.take(role, output, stop))
-
-
-_FILLER_ID = 0
 
 
 def _running(rows: Sequence[_Row]) -> list[_Row]:

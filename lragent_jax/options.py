@@ -1,6 +1,7 @@
 """How an engine is set up, checked before anything is loaded."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ class EngineOptions:
         adapter) that is loaded, and the pool grows with them, which compiles programs anew.
       recompute_layers: in mode `droidspeak`, the layers whose K and V every adapter computes and keeps for itself; by
         default the first third. `lragent_jax.sensitivity.critical_layers` measures a better choice.
-      num_recomputed_pages: pages of the pool of those layers, which adapters share out among them as `none` does its
-        base pages; by default `num_pages` for every adapter that is loaded, or that there is room for.
+      num_recomputed_pages: pages of the pool of those layers, which adapters share out among them as they do the base
+        pages of `none`; by default `num_pages` for every adapter that is loaded, or that `max_adapters` makes room
+        for. Like the base pool it does not grow with adapters that are loaded later.
       max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
         targets that some adapter has, compile nothing anew unless they bring an A-group and the low-rank pool grows.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
@@ -80,15 +82,23 @@ class EngineOptions:
             raise InputError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise InputError(f"page_size must be a positive multiple of 8 tokens, not {self.page_size!r}")
-        buckets = tuple(sorted(set(self.prefill_buckets or ())))
-        if not buckets or buckets[0] < 1 or not all(isinstance(bucket, int) for bucket in buckets):
+        buckets = _sorted_integers(self.prefill_buckets)
+        if not buckets or buckets[0] < 1:
             raise InputError(f"prefill_buckets must be positive chunk lengths, not {self.prefill_buckets!r}")
         object.__setattr__(self, "prefill_buckets", buckets)
         if self.recompute_layers is not None:
-            layers = tuple(self.recompute_layers)
-            if not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+            layers = _sorted_integers(self.recompute_layers)
+            if layers is None or (layers and layers[0] < 0):
                 raise InputError(f"recompute_layers must be numbers of layers, not {self.recompute_layers!r}")
-            object.__setattr__(self, "recompute_layers", tuple(sorted(set(layers))))
+            object.__setattr__(self, "recompute_layers", layers)
         known = [implementation.name for implementation in IMPLEMENTATIONS]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"unknown attention implementation {self.implementation!r}; there are: {', '.join(known)}")
+
+
+def _sorted_integers(values: Any) -> tuple[int, ...] | None:
+    """Each once, in order; None if `values` is anything but integers."""
+    try:
+        return tuple(sorted({operator.index(value) for value in values}))
+    except TypeError:
+        return None

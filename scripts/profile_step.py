@@ -36,6 +36,7 @@ from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, s
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import random_params
+from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
 
 CALLS = 8  # in a turn of a chain
@@ -107,15 +108,18 @@ def table_of(setting: Pass, num_pages: int) -> PageTable:
     row = np.full(B, setting.S, np.int32)
     write_from = np.where(np.arange(B) == 0, 0, generation.NEVER).astype(np.int32)
     zeros = np.zeros((1, B), np.int32)
-    arrays = (row - setting.T, row, pages, write_from, pages[None], write_from[None], zeros, zeros[0])
-    return PageTable(*map(jnp.asarray, arrays))
+    fields = {
+        "q_starts": row - setting.T, "kv_lens": row, "base": pages, "base_write_from": write_from,
+        "low_rank": pages[None], "low_rank_write_from": write_from[None], "group_ids": zeros, "read_slots": zeros[0],
+    }  # fmt: skip
+    return PageTable(**{name: jnp.asarray(array) for name, array in fields.items()}, recomputed=None)
 
 
 # Operations, each as models/ has it.
 
 
 def linear(x, kernel):
-    return jnp.einsum("bti,io->bto", x, kernel)
+    return matrix_product(lambda x, kernel: jnp.einsum("bti,io->bto", x, kernel), x, kernel)
 
 
 def rms_norm(x, weights, _):

@@ -1,9 +1,9 @@
 """Trains plan, action and reflect for one base model, in one of the kinds that the study compares.
 
-    python scripts/train.py MODEL DATA OUT [--validation FOLDER] [--kind shared_a] [--targets q,v] [--rank 8]
+    python scripts/train.py MODEL DATA OUT [--validation DATA] [--init OUT] [--kind shared_a] [--targets q,v] [--rank 8]
 
-DATA holds plan.jsonl, action.jsonl and reflect.jsonl, as `lragent world` writes them, and so does FOLDER. Further
-options are the fields of `TrainingOptions`. `lragent train` takes agents of any names.
+DATA holds plan.jsonl, action.jsonl and reflect.jsonl, as `lragent world` writes them; --init goes on from the adapters
+of another OUT. Further options are the fields of `TrainingOptions`. `lragent train` takes agents of any names.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lragent_jax import compilation_cache
 from lragent_jax.cli.console import progress_bar
+from lragent_jax.cli.train import now_and_then
 from lragent_jax.react import ROLES
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.trainer import train
@@ -24,11 +25,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--validation", type=Path)
+    parser.add_argument("--init", type=Path)
     for field in dataclasses.fields(TrainingOptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=_number_or_text)
     arguments = vars(parser.parse_args())
 
-    model, data, out, validation = (arguments.pop(name) for name in ("model", "data", "out", "validation"))
+    model, data, out, validation, init = (
+        arguments.pop(name) for name in ("model", "data", "out", "validation", "init")
+    )
     settings = {name: value for name, value in arguments.items() if value is not None}
     if "targets" in settings:
         settings["targets"] = tuple(settings["targets"].split(","))
@@ -37,7 +41,10 @@ def main() -> None:
     )
     compilation_cache.enable()
     with progress_bar() as progress:
-        results = train(model, files, out, validation=held_out, options=TrainingOptions(**settings), progress=progress)
+        results = train(
+            model, files, out,
+            validation=held_out, options=TrainingOptions(**settings), init=init, progress=now_and_then(progress),
+        )  # fmt: skip
     print(json.dumps(results))
 
 

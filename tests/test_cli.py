@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from model_folders import config_json, huggingface_tensors, random_weights, write_huggingface
+from script_modules import load_script
 from text_models import CONFIG, TRAJECTORIES, adapters, file_of, write_adapters, write_text_model
 from typer.testing import CliRunner
 
@@ -138,6 +139,23 @@ def test_replay_gives_roles_to_other_agents(model, folders, trajectory_file):
     assert figures["prefilled_tokens"] > 0
 
 
+def test_layers_are_measured_and_then_recomputed(model, folders, trajectory_file, monkeypatch, capsys):
+    script = load_script("critical_layers")
+    common = [str(trajectory_file), "--model", str(model), *map(str, agent_options(folders)), "--limit", "1"]
+    options = ["--dtype", "float32", "--share", "0.5"]
+    monkeypatch.setattr("sys.argv", ["critical_layers.py", *common, *options, "--max-tokens", "90"])
+    script.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["recompute_layers"] == [max((0, 1), key=found["kl_by_layer"].__getitem__)]
+    assert min(found["kl_by_layer"]) > 0
+
+    command = ("replay", *common, *REPLAY, "--modes", "droidspeak", "--json", "--max-tokens", 90)
+    out = succeed(*command, "--recompute-layers", "1,0")
+    assert json.loads(out)["modes"]["droidspeak"]["kl"] < 1e-6, "all layers: as in none"
+    refused = ("--recompute-layers", "0,2", "--modes", "droidspeak")
+    assert "layer 2; the model has layers 0 to 1" in fail("replay", *common, *refused)
+
+
 def test_replay_refuses_a_file_of_another_form(model, folders, tmp_path):
     path = tmp_path / "list.json"
     path.write_text("[]")
@@ -153,6 +171,8 @@ def test_replay_refuses_a_file_of_another_form(model, folders, tmp_path):
         (["--adapter", "plan="], "not of the form"),
         (["--adapter", "plan=a", "--adapter", "plan=b"], "'plan' is given twice"),
         (["--role", "=plan"], "not of the form ROLE=AGENT"),
+        (["--recompute-layers", "0,x"], "'0,x' is no list of numbers"),
+        (["--recompute-layers", "0", "--modes", "none,full"], "only mode droidspeak"),
         (["--limit", "0"], "--limit"),
         (["--max-tokens", "-1"], "--max-tokens"),
         (["--nonsense"], "--nonsense"),
@@ -210,7 +230,7 @@ def test_generate_says_what_is_wrong(model, folders, tmp_path):
     assert "num_pages must be" in fail(*command, "--prompt", "x", "--num-pages", 0)
     assert "there is no adapter folder" in fail(*command, "--prompt", "x", "--adapter", "plan=absent")
     assert "one of --prompt, --file" in fail(*command, "--prompt", "x", "--token-ids", "1", code=2)
-    assert "no list of token ids" in fail(*command, "--token-ids", "1,x", code=2)
+    assert "no list of numbers" in fail(*command, "--token-ids", "1,x", code=2)
     assert "does not go with --stream" in fail(*command, "--prompt", "x", "--json", "--stream", code=2)
     assert "unknown sharing mode" in fail(*command, "--prompt", "x", "--sharing", "half", code=2)
 
@@ -271,6 +291,8 @@ def test_info_counts_what_a_model_and_its_cache_take(model, folders):
         "droidspeak": (base + 3 * base) // 2,  # one of two layers for each agent
     }
     assert set(described["cache_bytes_per_token"]) == set(SHARING_MODES)
+    both = json.loads(succeed("info", model, *agent_options(folders), "--json", "--recompute-layers", "0,1"))
+    assert both["cache_bytes_per_token"]["droidspeak"] == both["cache_bytes_per_token"]["none"]
     assert described["adapters"]["plan"]["ranks"] == {"q": 4, "v": 4}
     text = succeed("info", model, *agent_options(folders))
     assert f"{described['parameters']:,}" in text
@@ -287,7 +309,8 @@ def test_info_describes_adapters(model, folders, tmp_path):
     succeed("convert", folders["plan"], "--out", tmp_path / "orbax", "--model", model)
     assert json.loads(succeed("info", tmp_path / "orbax", "--json"))["content_hash"] == want.content_hash
     assert "name the model with --model" in fail("info", folders["plan"])
-    assert "is an adapter itself" in fail("info", folders["plan"], *agent_options(folders), code=2)
+    for options in (agent_options(folders), ["--recompute-layers", 0]):
+        assert "is an adapter; --adapter and" in fail("info", folders["plan"], *options, code=2)
 
 
 def test_the_demo_runs_its_modes(model, monkeypatch):

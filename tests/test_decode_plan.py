@@ -79,6 +79,13 @@ def test_agents_of_one_trajectory_read_it_once():
     assert np.all(plan.expanders[used] == [0, 1, 2, 3])
 
 
+def test_a_row_without_adapter_beside_each_agent_reads_no_page_again():
+    """As mode `rebase` decodes: every row twice."""
+    table = np.tile([[0, 1, 2, 3], [0, 1, 4, 5]], (2, 1))
+    plan = make(table, [30, 27] * 2, [31, 28] * 2, [1, 2, 0, 0], table)
+    assert pages_read(plan) == len(np.unique(table))
+
+
 def test_private_tails_follow_a_shared_prefix():
     table = np.arange(6 * 40).reshape(6, 40)
     table[:, :32] = table[0, :32]

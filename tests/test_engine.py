@@ -438,10 +438,14 @@ def test_engines_that_cannot_start():
         ({"num_pages": 0}, InputError, "num_pages"),
         ({"page_size": 12}, InputError, "multiple of 8"),
         ({"prefill_buckets": (0, 8)}, InputError, "prefill_buckets"),
+        ({"prefill_buckets": 8}, InputError, "prefill_buckets"),
         ({"decode_block": 0}, InputError, "decode_block"),
         ({"num_low_rank_pages": 0}, InputError, "num_low_rank_pages"),
         ({"num_recomputed_pages": 0}, InputError, "num_recomputed_pages"),
         ({"recompute_layers": [0.5]}, InputError, "recompute_layers must be numbers of layers"),
+        ({"recompute_layers": 1}, InputError, "recompute_layers must be numbers of layers, not 1"),
+        ({"recompute_layers": "01"}, InputError, "recompute_layers must be numbers of layers"),
+        ({"recompute_layers": [1, 2]}, InputError, "layer 2; the model has layers 0 to 1"),  # in any mode
         ({"pages": 3}, InputError, "unknown engine options: pages"),
         ({"implementation": "cuda"}, InputError, "implementation"),
     ]

@@ -48,10 +48,11 @@ def test_pages_equal_a_scatter(T, q_starts, kv_lens, write_from):
 def test_pages_without_new_slots_are_not_touched(monkeypatch):
     monkeypatch.setattr("lragent_jax.kernels.page_update.MAX_BUFFER_BYTES", 2 * 4 * R * PAGE)  # two pages at a time
     pool = jnp.zeros((P, R, PAGE), jnp.float32)
-    pages = jnp.array([3, 2**31 - 1, 0, -1, 5], jnp.int32)
-    first, end = jnp.array([0, 0, 4, 8, 15], jnp.int32), jnp.array([16, 0, 6, 8, 16], jnp.int32)
+    pages = jnp.array([3, 2**31 - 1, 0, -1, 5, 0], jnp.int32)
+    first, end = jnp.array([0, 0, 4, 8, 15, 16], jnp.int32), jnp.array([16, 0, 6, 8, 16, 5], jnp.int32)
+    contents = jnp.ones((6, R, PAGE)).at[5].set(jnp.nan)  # names a page that another one writes to
     with interpreted():
-        got = np.asarray(update_pages(pool, pages, first, end, jnp.ones((5, R, PAGE))))
+        got = np.asarray(update_pages(pool, pages, first, end, contents))
     want = np.zeros((P, R, PAGE))
     want[3], want[0, :, 4:6], want[5, :, 15] = 1, 1, 1
     np.testing.assert_array_equal(got, want)

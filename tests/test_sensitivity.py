@@ -18,7 +18,7 @@ from lragent_jax.react import ReactTrajectory, Step
 from lragent_jax.recording import Part, Recording
 from lragent_jax.sensitivity import critical_layers, layer_drift
 
-CONFIG = dataclasses.replace(LlamaConfig.preset("tiny"), num_layers=4)
+CONFIG = dataclasses.replace(LlamaConfig.preset("tiny"), num_layers=3)
 GRAPHDEF, PARAMS = random_params(CONFIG, "float32", seed=4)
 MODEL = (CONFIG, GRAPHDEF, PARAMS)
 ADAPTERS = {
@@ -79,8 +79,8 @@ def test_all_layers_share_their_programs_and_padding_changes_nothing(monkeypatch
 
 
 def test_the_most_sensitive_layers_are_taken():
-    """Only layer 2 tells agents apart: its own V, and what comes out of it for the layer above."""
-    odd_at = 2
+    """Only layer 1 tells agents apart: its own V, and what comes out of it for the layer above."""
+    odd_at = 1
     adapters = {
         role: dataclasses.replace(
             adapter,
@@ -94,9 +94,9 @@ def test_the_most_sensitive_layers_are_taken():
     drift = layer_drift(*MODEL, adapters, RECORDINGS)
     assert np.abs(drift[:odd_at]).max() < 1e-6, "agents agree below"
     assert (drift[odd_at:] > 1e-5).all()
-    assert critical_layers(*MODEL, adapters, RECORDINGS, share=0.5) == (2, 3)
+    assert critical_layers(*MODEL, adapters, RECORDINGS, share=0.5) == (1, 2)
     assert critical_layers(*MODEL, adapters, RECORDINGS, share=0.01) == (int(drift.argmax()),)
-    assert critical_layers(*MODEL, adapters, RECORDINGS, share=1) == (0, 1, 2, 3)
+    assert critical_layers(*MODEL, adapters, RECORDINGS, share=1) == (0, 1, 2)
 
 
 def test_an_agent_alone_is_not_sensitive():

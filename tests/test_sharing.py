@@ -1,6 +1,8 @@
 """The sharing modes: what is run, what is read, what it costs, and that the numbers are those of the design."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,14 @@ def walk(engine, tour=TOUR) -> list[np.ndarray]:
             rows.append(engine.score(trajectory, ids, agent))
             trajectory.append([11, 12, 13])
     return rows
+
+
+def leave_free(engine, **num_pages: int) -> dict[str, int]:
+    """Takes pages away, by pool: as good as smaller pools, whose programs would have to be compiled for this alone."""
+    for name, pool in engine._cache.pools.items():
+        while pool.num_free > num_pages[name]:
+            pool.allocate()
+    return {name: pool.num_used for name, pool in engine._cache.pools.items()}
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), TARGETS], ids=["qv", "all seven"])
@@ -243,18 +253,35 @@ def test_a_catch_up_in_droidspeak_writes_the_chosen_layers_alone():
 def test_layers_to_recompute_are_checked():
     assert layers_to_recompute(None, 30) == tuple(range(10))
     assert layers_to_recompute(None, 2) == (0,)
+    assert tiny_engine("droidspeak", recompute_layers=np.array([1, 0, 1])).recomputed_layers == (0, 1)
     with pytest.raises(InputError, match="layer 2; the model has layers 0 to 1"):
         tiny_engine("droidspeak", recompute_layers=[0, 2])
     with pytest.raises(InputError, match="recompute_layers"):
         tiny_engine("droidspeak", recompute_layers=[-1])
-    engine = tiny_engine("droidspeak", num_recomputed_pages=7)
-    with engine.trajectory() as trajectory:
+
+
+def test_an_adapter_that_the_recomputed_pool_has_no_pages_for():
+    """The pool was sized for those that were there before it. What is refused has changed nothing."""
+    both = {name: agents()[name] for name in ("plan", "action")}
+    engine = tiny_engine("droidspeak", both, max_adapters=3)
+    leave_free(engine, base=8, low_rank=0, recomputed=12)
+    with engine.trajectory() as trajectory, engine.trajectory() as other:
         trajectory.append(QUESTION)
-        engine.next_token_logits(trajectory, "plan")
-        with pytest.raises(
-            OutOfPagesError, match=r"5 more recomputed pages of 8 tokens, 2 of 7 are free.*larger num_recomputed_pages"
-        ):
-            engine.next_token_logits(trajectory, "action")
+        before = [engine.next_token_logits(trajectory, agent) for agent in both]
+        engine.load_adapter("reflect", agents()["reflect"])
+        stats = engine.cache_stats()
+        for call in (engine.next_token_logits, functools.partial(engine.generate, max_new_tokens=3)):
+            with pytest.raises(
+                OutOfPagesError, match=r"5 more recomputed pages .* 2 of 144 are free: close.*larger num_recomputed_pa"
+            ):
+                call(trajectory, "reflect")
+        assert engine.cache_stats() == stats
+        for agent, logits in zip(both, before, strict=True):
+            assert_close(engine.next_token_logits(trajectory, agent), logits, "equal")
+        engine.unload_adapter("plan")  # whose pages are free for whoever comes
+        assert engine.score_output(trajectory, [1], "reflect").num_prefilled_tokens == len(QUESTION)
+        with pytest.raises(OutOfPagesError, match=r"5 more base pages .*larger num_pages"):
+            engine.next_token_logits(other.append(QUESTION), "action")
 
 
 def pages_of(engine, trajectory):
@@ -348,6 +375,7 @@ def test_rebase_counts_the_query():
         assert counts == [(first + 1, 0), (2, first), (2, first + 1), (1, first + 2)]
         out = engine.score_output(trajectory.rollback(1), [1], "plan")
         assert (out.num_prefilled_tokens, out.num_cached_tokens) == (1, first + 2), "nothing new: a query alone"
+        engine.unload_adapter("reflect")  # or the bank would grow, and everything compile
         engine.load_adapter("critic", random_adapter(CONFIG, rank=4, targets=("k", "v"), seed=9))
         late = engine.score_output(trajectory, [1], "critic")
         assert late.num_prefilled_tokens == len(trajectory) - 1 + 1
@@ -359,6 +387,7 @@ STEP = st.one_of(
     st.tuples(st.just("score"), AGENT, st.integers(1, 9)),
     st.tuples(st.just("generate"), AGENT, st.integers(1, 6)),
     st.tuples(st.just("stream"), AGENT, st.integers(1, 6)),
+    st.tuples(st.just("leave"), AGENT, st.integers(1, 6)),
     st.tuples(st.just("batch"), AGENT, st.integers(1, 6), AGENT),
     st.tuples(st.just("reload"), st.sampled_from(["plan", "reflect"])),
     st.tuples(st.just("fork"), st.integers(0, 3)),
@@ -368,17 +397,23 @@ STEP = st.one_of(
 )
 
 
-@pytest.mark.parametrize(
-    ("mode", "own_layers"), [*((mode, (0,)) for mode in SHARING_MODES), ("droidspeak", (1,))], ids=str
-)
+def test_droidspeak_gives_the_logits_of_the_dense_oracle():
+    """With its first layer recomputed, the default here; any history is played with the other."""
+    oracle, context = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, "droidspeak", (0,)), Context([])
+    context.ids += QUESTION
+    for got, (agent, ids) in zip(walk(tiny_engine("droidspeak")), TOUR, strict=True):
+        assert_close(got, oracle.output(context, ids, agent)[0], "oracle")
+        context.ids += [11, 12, 13]
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data):
-    """Append, run, fork, roll back, reload and close at random, in a pool that is sometimes too small."""
-    engine = tiny_engine(
-        mode, recompute_layers=own_layers, num_pages=24, num_low_rank_pages=40, num_recomputed_pages=30
-    )
-    oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode, own_layers)
+def test_any_history_gives_the_logits_of_the_dense_oracle(mode, data):
+    """Append, run, fork, roll back, leave, reload and close at random, in a pool that is sometimes too small."""
+    engine = tiny_engine(mode, recompute_layers=(1,), prefill_buckets=(8,))
+    occupied = leave_free(engine, base=24, low_rank=40, recomputed=30)
+    oracle = DenseOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode, own_layers=(1,))
     steps = data.draw(st.lists(STEP, max_size=14))
     trajectories = [engine.trajectory().append(QUESTION[:11])]
     contexts = [Context(QUESTION[:11])]
@@ -416,6 +451,13 @@ def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data
                     assert (want.max(axis=1) - chosen < 1e-3).all(), "greedy decoding took a lesser token"
             for beside, *_ in rows[1:]:
                 beside.close()
+        elif name == "leave" and context.ids:
+            stream = engine.stream(trajectory, arguments[0], max_new_tokens=arguments[1], ignore_eos=True)
+            with contextlib.suppress(OutOfPagesError):
+                given = next(stream).token_ids
+                stream.close()
+                assert trajectory.token_ids == context.ids + given
+                oracle.output(context, given, arguments[0])
         elif name == "reload":
             engine.unload_adapter(arguments[0])
             engine.load_adapter(arguments[0], agents()[arguments[0]])
@@ -437,4 +479,4 @@ def test_any_history_gives_the_logits_of_the_dense_oracle(mode, own_layers, data
         assert trajectories[at].token_ids == contexts[at].ids
     for trajectory in trajectories:
         trajectory.close()
-    assert engine.cache_stats().bytes_used == 0
+    assert {name: pool.num_used for name, pool in engine._cache.pools.items()} == occupied

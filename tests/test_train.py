@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from text_models import CONFIG, tokenizer, write_text_model
 from tolerances import assert_close
 from training_data import lines, write_lines
@@ -16,20 +17,37 @@ from lragent_jax.engine import Engine
 from lragent_jax.models.adapter_checkpoint import restore_adapter
 from lragent_jax.models.errors import CheckpointError, ConfigError, InputError, LRAgentError
 from lragent_jax.models.peft import read_peft
+from lragent_jax.training import trainer
 from lragent_jax.training.checkpoints import TrainingCheckpoints
 from lragent_jax.training.loss_curve import LossCurve, read_losses
 from lragent_jax.training.options import TrainingOptions
-from lragent_jax.training.programs import learning_rate
+from lragent_jax.training.programs import Programs, learning_rate
 from lragent_jax.training.trainer import train
 
 SETTINGS: dict[str, Any] = {
-    "kind": "shared_a", "rank": 4, "alpha": 6, "targets": ("q", "v"), "steps": 40, "tokens_per_step": 128,
-    "sequence_length": 64, "learning_rate": 2e-2, "dtype": "float32", "checkpoint_every": 16, "validate_every": 15,
+    "kind": "shared_a", "rank": 4, "alpha": 6, "targets": ("q", "v"), "steps": 24, "tokens_per_step": 128,
+    "sequence_length": 64, "learning_rate": 3e-2, "dtype": "float32", "checkpoint_every": 23, "validate_every": 10,
 }  # fmt: skip
 
 
 class Killed(Exception):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_form_are_compiled_once():
+    """Weights are arguments of theirs: all trainings here can run the same ones."""
+    kept: dict[Any, dict] = {}
+
+    class KeptPrograms(Programs):
+        def __init__(self, config, graphdef, params, options):
+            super().__init__(config, graphdef, params, options)
+            form = options.rank, options.targets, options.scale, options.max_grad_norm, options.weight_decay
+            self._compiled = kept.setdefault(form, {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Programs", KeptPrograms)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +60,13 @@ def files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def run(files: dict[str, Path], out: Path, progress=None, **changes) -> dict[str, dict[str, Any]]:
+def run(files: dict[str, Path], out: Path, progress=None, init=None, validation=None, **changes):
     agents = {name: files[name] for name in ("plan", "action")}
+    validation = {"action": files["action"]} if validation is None else validation
     options = TrainingOptions(**SETTINGS | changes)
-    return train(
+    return trainer.train(
         files["model"], agents, out,
-        validation={"action": files["action"]}, options=options, base_model="some/base", progress=progress,
+        validation=validation, options=options, init=init, base_model="some/base", progress=progress,
     )  # fmt: skip
 
 
@@ -71,9 +90,9 @@ def test_losses_go_down(trained):
         curve = [line["loss"] for line in losses(out, agent) if "loss" in line]
         assert len(curve) == SETTINGS["steps"]
         assert curve[-1] < 0.5 * curve[0]
-        assert_close(results[agent]["train_loss"], np.mean(curve[-4:]), "equal")
+        assert_close(results[agent]["train_loss"], np.mean(curve[-2:]), "equal")
     seen = [line["step"] for line in losses(out, "action") if "validation_loss" in line]
-    assert seen == [0, 15, 30, 40]
+    assert seen == [0, 10, 20, 24]
     assert results["action"]["validation_loss"] < 0.5 * losses(out, "action")[0]["validation_loss"]
     assert results["plan"]["validation_loss"] is None
     assert not (out / "checkpoints").exists()
@@ -117,23 +136,24 @@ def test_an_engine_reads_what_was_written(trained, files):
 
 
 def test_killed_and_called_again_it_is_the_same(trained, files, tmp_path):
+    """Also what is told of the last steps, some of which were run before the kill."""
     out, results = trained
 
     def kill(done: int, total: int, what: str) -> None:
-        if what.startswith("action: loss") and done == 25:
+        if what.startswith("action: loss") and done == 24:
             raise Killed
 
     with pytest.raises(Killed):
         run(files, tmp_path / "agents", kill)
-    assert (tmp_path / "agents" / "checkpoints" / "action" / "step_16").is_dir()
-    assert len(read_losses(tmp_path / "agents" / "action" / "losses.jsonl")) > 16
+    assert (tmp_path / "agents" / "checkpoints" / "action" / "step_23").is_dir()
+    assert read_losses(tmp_path / "agents" / "action" / "losses.jsonl")[-1]["step"] == 24
     started: list[str] = []
     again = run(files, tmp_path / "agents", lambda done, total, what: started.append(f"{done} {what}"))
-    assert [text for text in started if text.startswith("17 action: loss")]
-    assert [text for text in started if text.startswith("16 action: loss") or "plan" in text] == []
+    assert [text[:15] for text in started if "loss" in text] == ["24 action: loss"]
+    clock = dict.fromkeys(("seconds", "tokens_per_second"))
     for agent in ("plan", "action"):
         assert losses(tmp_path / "agents", agent) == losses(out, agent)
-        assert again[agent]["content_hash"] == results[agent]["content_hash"]
+        assert again[agent] | clock == results[agent] | clock
 
 
 def test_finished_agents_are_not_trained_again(trained, files):
@@ -146,21 +166,73 @@ def test_finished_agents_are_not_trained_again(trained, files):
 def test_other_settings_in_the_same_folder_are_refused(trained, files, tmp_path):
     out, _ = trained
     with pytest.raises(CheckpointError, match="other settings") as caught:
-        run(files, out, learning_rate=1e-3, targets=("q",), validate_every=1)
+        run(files, out, learning_rate=1e-3, targets=("v",), validate_every=1)
     assert str(caught.value).splitlines()[1:] == [
-        '  - targets: ["q", "v"] there, ["q"] now',
-        "  - learning_rate: 0.02 there, 0.001 now",
+        '  - targets: ["q", "v"] there, ["v"] now',
+        "  - learning_rate: 0.03 there, 0.001 now",
     ]
+    with pytest.raises(CheckpointError, match=r'validation.action: "\w+" there, nothing now'):
+        run(files, out, validation={})
     other = write_lines(tmp_path / "plan.jsonl", lines(shift=2))
     with pytest.raises(CheckpointError, match=r"data\.plan: "):
         run(files | {"plan": other}, out)
+
+
+def test_another_model_or_batch_in_the_same_folder_is_refused(trained, files, tmp_path, monkeypatch):
+    out, _ = trained
     weights = load_file(files["model"] / "model.safetensors")
     model = write_text_model(tmp_path / "model")
-    from safetensors.numpy import save_file
-
     save_file({name: 2 * w for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="weights: "):
         run(files | {"model": model}, out)
+    tokenizer_file = json.loads((model / "tokenizer.json").read_text())
+    tokenizer_file["model"]["merges"] = tokenizer_file["model"]["merges"][:20]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer_file))
+    with pytest.raises(CheckpointError, match=r"token_ids\.plan: "):
+        run(files | {"model": model}, out)
+    monkeypatch.setattr(trainer, "num_data_parts", lambda mesh: 8)
+    with pytest.raises(CheckpointError, match=r"rows_per_step\.64: 2 there, 8 now"):
+        run(files, out)
+
+
+def test_a_training_starts_from_the_adapters_of_another(trained, files, tmp_path):
+    out, results = trained
+    folder = tmp_path / "further"
+    run(files, folder, init=out, steps=1, learning_rate=1e-12, warmup=0, kind="apart")
+    first = losses(folder, "action")[0]
+    assert_close(first["validation_loss"], results["action"]["validation_loss"], "equal")
+    for agent in ("plan", "action"):
+        one, other = (read_peft(path / agent, CONFIG) for path in (out, folder))
+        for place, pair in one.weights.items():
+            assert_close(other.weights[place].lora_a, pair.lora_a, "equal")
+            assert_close(other.weights[place].lora_b, pair.lora_b, "equal")
+    settings = json.loads((folder / "lragent_training.json").read_text())["settings"]
+    assert settings["init"] == {agent: results[agent]["content_hash"] for agent in ("plan", "action")}
+    with pytest.raises(CheckpointError, match=r"init\.plan: .* there, nothing now"):
+        run(files, folder, steps=1, learning_rate=1e-12, warmup=0, kind="apart")
+
+
+def test_a_shared_a_is_the_first_agents_new_one(trained, files, tmp_path):
+    out, results = trained
+    again = run(files, tmp_path / "further", init=out, steps=2)
+    assert again["plan"]["a_group"] == again["action"]["a_group"] != results["plan"]["a_group"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rank": 2, "alpha": 3}, "plan: q of layer 0 has rank 4 and alpha 6 there, asked for are 2 and 3"),
+        ({"alpha": 8}, "action: q of layer 0 has rank 4 and alpha 6 there, asked for are 4 and 8"),
+        ({"targets": ("v",)}, "plan: targets are q,v there, v asked for"),
+    ],
+)
+def test_adapters_of_another_form_are_not_started_from(trained, files, tmp_path, changes, problem):
+    with pytest.raises(InputError, match="cannot be started from") as caught:
+        run(files, tmp_path / "further", init=trained[0], **changes)
+    assert f"  - {problem}" in str(caught.value).splitlines()
+    with pytest.raises(InputError, match=r"action: there is no folder .*nowhere/action"):
+        run(files, tmp_path / "further", init=tmp_path / "nowhere")
+    assert not (tmp_path / "further").exists()
 
 
 def test_folders_that_hold_something_else_are_refused(files, tmp_path):
@@ -173,7 +245,7 @@ def test_folders_that_hold_something_else_are_refused(files, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "checkpoints", "plan.orbax"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "checkpoints", "plan.orbax", "lragent_training.json"])
 def test_names_that_make_no_folder_are_refused(files, tmp_path, name):
     with pytest.raises(InputError, match="call the agent something else"):
         train(files["model"], {name: files["plan"]}, tmp_path / "out")
@@ -207,6 +279,8 @@ def test_what_cannot_be_trained_on_is_refused(files, tmp_path):
     [
         ({"rank": 0}, "rank must be a whole number of at least 1"),
         ({"rank": True}, "rank must be a whole number"),
+        ({"rank": None}, "rank must be a whole number"),
+        ({"kind": "shared_a", "targets": ("q", "up")}, "shares A of k or v: name one of them in targets"),
         ({"targets": ("q", "w")}, "unknown targets: w; there are: q, k, v"),
         ({"targets": ()}, "targets is empty"),
         ({"kind": "together"}, "kind must be one of apart, shared_a"),
@@ -231,11 +305,10 @@ def test_a_dtype_that_weights_cannot_have_is_refused():
 
 
 def test_a_loss_that_is_no_number_ends_it(files, tmp_path):
-    wild = {"learning_rate": 1e30, "max_grad_norm": 1e30, "weight_decay": 1e9}
     with pytest.raises(LRAgentError, match=r"the loss of plan is .* a lower learning rate"):
         train(
             files["model"], {"plan": files["plan"]}, tmp_path / "out",
-            options=TrainingOptions(**{**SETTINGS, **wild}),
+            options=TrainingOptions(**{**SETTINGS, "learning_rate": 1e38}),
         )  # fmt: skip
 
 
@@ -251,8 +324,6 @@ def test_the_rate_rises_and_falls():
 def test_states_on_disk(tmp_path):
     checkpoints = TrainingCheckpoints(tmp_path / "states")
     state = {"a": np.arange(3, dtype=np.float32), "b": (np.int32(5), {"c": np.eye(2, dtype=np.float32)})}
-    import jax
-
     like = jax.tree.map(jax.numpy.zeros_like, state)
     assert checkpoints.restore(like) is None
     for step in (4, 8, 12):
@@ -263,8 +334,10 @@ def test_states_on_disk(tmp_path):
     assert found is not None
     assert found[0] == 12
     jax.tree.map(lambda got, want: np.testing.assert_array_equal(got, want + 12), found[1], state)
-    with pytest.raises(CheckpointError, match="array 0 is"):
+    with pytest.raises(CheckpointError, match=r"array 0 is .*; delete it"):
         checkpoints.restore(like | {"a": jax.numpy.zeros(4)})
+    with pytest.raises(CheckpointError, match="holds 3 arrays, not 1; delete it"):
+        checkpoints.restore(jax.numpy.zeros(3))
     checkpoints.clear()
     assert not (tmp_path / "states").exists()
 

@@ -58,12 +58,12 @@ def test_every_option_arrives(model, data, tmp_path, asked):
         "--out", tmp_path, "--kind", "shared_a", "--rank", 3, "--alpha", 5, "--targets", "all", "--epochs", 2,
         "--learning-rate", 0.25, "--warmup", 7, "--weight-decay", 0.5, "--max-grad-norm", 2, "--tokens-per-step", 64,
         "--sequence-length", 128, "--seed", 9, "--dtype", "float16", "--validate-every", 4, "--checkpoint-every", 3,
-        "--attention", "xla", "--remat", "dots", "--base-model", "a/b", "--json",
+        "--attention", "xla", "--remat", "dots", "--base-model", "a/b", "--init", "before", "--json",
     )  # fmt: skip
     [(args, keywords)] = asked
     assert [str(path) for path in args[1].values()] == [str(data), "b.jsonl"]
     assert str(keywords["validation"]["action"]) == "c.jsonl"
-    assert keywords["base_model"] == "a/b"
+    assert (keywords["base_model"], str(keywords["init"])) == ("a/b", "before")
     assert keywords["options"] == TrainingOptions(
         kind="shared_a", rank=3, alpha=5, targets=("q", "k", "v", "o", "gate", "up", "down"), epochs=2,
         learning_rate=0.25, warmup=7, weight_decay=0.5, max_grad_norm=2, tokens_per_step=64, sequence_length=128,
@@ -90,28 +90,14 @@ def test_the_script_trains_the_three_roles(data, tmp_path, monkeypatch, capsys):
     script = load_script("train")
     monkeypatch.setattr(script, "train", lambda *args, **keywords: calls.append((args, keywords)) or {})
     monkeypatch.setattr(script.compilation_cache, "enable", lambda: None)
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "train.py",
-            "model",
-            str(tmp_path),
-            "out",
-            "--validation",
-            "held",
-            "--kind",
-            "shared_a",
-            "--targets",
-            "q,v",
-            "--rank",
-            "16",
-        ],
-    )
+    options = "--validation held --init before --kind shared_a --targets q,v --rank 16"
+    monkeypatch.setattr("sys.argv", ["train.py", "model", str(tmp_path), "out", *options.split()])
     script.main()
     [((model, agents, out), keywords)] = calls
     assert (str(model), str(out)) == ("model", "out")
     assert list(agents) == ["plan", "action", "reflect"]
     assert agents["action"] == tmp_path / "action.jsonl"
     assert list(map(str, keywords["validation"].values())) == [f"held/{role}.jsonl" for role in agents]
+    assert str(keywords["init"]) == "before"
     assert keywords["options"] == TrainingOptions(kind="shared_a", rank=16)
     assert capsys.readouterr().out == "{}\n"

@@ -32,18 +32,14 @@ def params():
 
 def trained_lora():
     """Something whose B is not zero."""
-    lora = initial_lora(CONFIG, OPTIONS, "plan")
-    key = jax.random.key(0)
+    rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape), lora
+        lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32), initial_lora(CONFIG, OPTIONS, "plan")
     )
 
 
-def losses_and_gradient(sequences: list[TokenSequence], remat_policy=None):
-    """(summed loss, its gradient) over all sequences, packed into rows of 64."""
-    packer = Packer(sequences, sequence_length=64, tokens_per_step=128)
-    steps = packer.epoch(None)
-    shapes = batch_shapes([(packer, steps)])
+def program(remat_policy=None):
+    """(lora, batch) to (summed loss, its gradient); traced anew for every caller."""
     graphdef, weights = params()
 
     @jax.jit
@@ -55,6 +51,19 @@ def losses_and_gradient(sequences: list[TokenSequence], remat_policy=None):
 
         return jax.value_and_grad(of)(lora)
 
+    return run
+
+
+@functools.cache
+def usual_program():
+    return program()
+
+
+def losses_and_gradient(sequences: list[TokenSequence], run):
+    """What `run` makes of all sequences, packed into rows of 64, in sum."""
+    packer = Packer(sequences, sequence_length=64, tokens_per_step=128)
+    steps = packer.epoch(None)
+    shapes = batch_shapes([(packer, steps)])
     results = [run(trained_lora(), packer.batch(step, shapes[step.length])) for step in steps]
     return jax.tree.map(lambda *parts: sum(np.asarray(part, np.float64) for part in parts), *results)
 
@@ -72,7 +81,7 @@ def separate() -> list[TokenSequence]:
 
 @pytest.fixture(scope="module")
 def packed(joined):
-    return losses_and_gradient(joined)
+    return losses_and_gradient(joined, usual_program())
 
 
 def assert_same(got, want) -> None:
@@ -114,23 +123,23 @@ def test_packed_is_the_sum_of_unpacked(packed, joined):
 
 
 def test_joined_lines_are_the_sum_of_separate_ones(packed, separate):
-    assert_same(packed, losses_and_gradient(separate))
+    assert_same(packed, losses_and_gradient(separate, usual_program()))
 
 
 def test_without_the_mask_between_sequences_it_is_not(packed, joined, monkeypatch):
     attend = llama.attend_packed
     monkeypatch.setattr(llama, "attend_packed", lambda q, k, v, mask, how: attend(q, k, v, mask | True, how))
-    loss, _ = losses_and_gradient(joined)
+    loss, _ = losses_and_gradient(joined, program())
     assert abs(loss - packed[0]) > 1e-2
 
 
 def test_what_is_kept_for_the_backward_pass_changes_nothing(packed, joined):
-    assert_same(losses_and_gradient(joined, jax.checkpoint_policies.dots_with_no_batch_dims_saveable), packed)
+    assert_same(losses_and_gradient(joined, program(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)), packed)
 
 
 def test_in_chunks_it_is_the_same(packed, joined, monkeypatch):
     monkeypatch.setattr(loss_module, "_SCORES_BYTES", 400 * 4 * 50)
-    assert_same(losses_and_gradient(joined), packed)
+    assert_same(losses_and_gradient(joined, program()), packed)
 
 
 @pytest.mark.parametrize("tied", [True, False])

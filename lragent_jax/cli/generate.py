@@ -40,6 +40,7 @@ def generate(
     seed: int = 0,
     stop: Annotated[list[str], typer.Option(help="Text that ends the output; repeatable.")] = [],  # noqa: B006
     sharing: Annotated[str, typer.Option(help="The sharing mode.")] = "base_lr",
+    recompute_layers: options.RecomputeLayers = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
@@ -52,7 +53,8 @@ def generate(
     if stream and json:
         raise typer.BadParameter("--json prints one line at the end; it does not go with --stream")
     adapters, mode = options.name_path_pairs(adapter, "--adapter"), options.sharing_mode(sharing)
-    context = _token_ids(token_ids) if token_ids is not None else _text(prompt, file)
+    layers = options.recompute_layers(recompute_layers, [mode])
+    context = options.integers(token_ids, "--token-ids") if token_ids is not None else _text(prompt, file)
     from lragent_jax import compilation_cache
     from lragent_jax.compile_watch import CompileWatch
     from lragent_jax.engine import Engine
@@ -65,7 +67,7 @@ def generate(
     with progress_bar() as progress:
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
-            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size,
+            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
             progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         if chat and isinstance(context, str):
@@ -98,13 +100,6 @@ def _text(prompt: str | None, file: Path | None) -> str:
         return sys.stdin.buffer.read().decode() if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompt cannot be read: {error}") from error
-
-
-def _token_ids(text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of token ids", param_hint="--token-ids") from None
 
 
 def _in_chat_template(engine: "Engine", text: str) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json as json_module
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from lragent_jax.cli import options
 from lragent_jax.cli.console import progress_bar
 from lragent_jax.models.errors import CheckpointError
+from lragent_jax.sharing import SHARING_MODES
 
 if TYPE_CHECKING:
     from lragent_jax.models.adapter import Adapter
@@ -22,20 +23,20 @@ def info(
     adapter: options.Adapters = [],  # noqa: B006  (read only)
     model: options.OptionalModel = None,
     dtype: Annotated[str, typer.Option(help="Of the cache whose bytes are counted.")] = "bfloat16",
+    recompute_layers: options.RecomputeLayers = None,
     json: options.Json = False,
 ) -> None:
     """Describe a model, an adapter or a checkpoint: shapes, ranks, targets, A-groups, cache bytes per token by mode."""
     adapters = options.name_path_pairs(adapter, "--adapter")
+    layers = options.recompute_layers(recompute_layers, SHARING_MODES)
     from lragent_jax.convert import is_adapter
 
     with progress_bar() as progress:
         progress(0, 0, f"looking into {path}")
         if not is_adapter(path):
-            described = _model(path, adapters, dtype)
-        elif adapters:
-            raise typer.BadParameter(
-                f"{path} is an adapter itself; describe the model with --adapter", param_hint="PATH"
-            )
+            described = _model(path, adapters, dtype, layers)
+        elif adapters or layers is not None:
+            raise typer.BadParameter(f"{path} is an adapter; --adapter and --recompute-layers describe a model's cache")
         else:
             described = _adapter(path, model)
     if json:
@@ -44,7 +45,9 @@ def info(
         _print(described)
 
 
-def _model(path: Path, adapter_folders: Mapping[str, Path], dtype: str) -> dict[str, Any]:
+def _model(
+    path: Path, adapter_folders: Mapping[str, Path], dtype: str, recompute_layers: Sequence[int] | None
+) -> dict[str, Any]:
     import jax
 
     from lragent_jax.cache_cost import cache_bytes_per_token
@@ -52,7 +55,6 @@ def _model(path: Path, adapter_folders: Mapping[str, Path], dtype: str) -> dict[
     from lragent_jax.models.folder import find_model, read_config
     from lragent_jax.models.llama import abstract_params
     from lragent_jax.models.weights import weight_dtype
-    from lragent_jax.sharing import SHARING_MODES
 
     kind, _ = find_model(path)
     config, itemsize = read_config(path), weight_dtype(dtype).itemsize
@@ -66,7 +68,8 @@ def _model(path: Path, adapter_folders: Mapping[str, Path], dtype: str) -> dict[
         "adapters": {name: _figures(adapter, config) for name, adapter in adapters.items()},
         "cache_dtype": dtype,
         "cache_bytes_per_token": {
-            mode: cache_bytes_per_token(config, list(adapters.values()), mode, itemsize) for mode in SHARING_MODES
+            mode: cache_bytes_per_token(config, list(adapters.values()), mode, itemsize, recompute_layers)
+            for mode in SHARING_MODES
         },
     }
 

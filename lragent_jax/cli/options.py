@@ -23,6 +23,14 @@ NumPages = Annotated[
     int | None, typer.Option(help="Pages of the base cache; by default as many as the run needs.", show_default=False)
 ]
 PageSize = Annotated[int | None, typer.Option(help="Tokens per page (default 64, on TPU 128).", show_default=False)]
+RecomputeLayers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER,LAYER,…",
+        help="The layers that every agent runs for itself in mode droidspeak (default: the first third).",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")]
 
 
@@ -46,6 +54,23 @@ def sharing_mode(name: str, option: str = "--sharing") -> SharingMode:
         if name == mode:
             return mode
     raise typer.BadParameter(f"unknown sharing mode {name!r}; there are: {', '.join(SHARING_MODES)}", param_hint=option)
+
+
+def recompute_layers(text: str | None, modes: Sequence[SharingMode]) -> list[int] | None:
+    """Comma-separated layers; a usage error for anything else, or where they would change nothing."""
+    option = "--recompute-layers"
+    if text is None:
+        return None
+    if "droidspeak" not in modes:
+        raise typer.BadParameter("only mode droidspeak runs layers again; choose it, too", param_hint=option)
+    return integers(text, option)
+
+
+def integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers with commas between", param_hint=option) from None
 
 
 def _pairs(pairs: Sequence[str], option: str, form: str, empty_allowed: bool) -> dict[str, str]:

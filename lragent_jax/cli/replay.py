@@ -28,6 +28,7 @@ def replay(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut longer trajectories behind an output.", show_default=False)
     ] = None,
+    recompute_layers: options.RecomputeLayers = None,
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
@@ -36,6 +37,7 @@ def replay(
     """Replay recorded trajectories under every sharing mode, and compare what it costs and changes."""
     adapters = options.name_path_pairs(adapter, "--adapter")
     sharing_modes, roles = options.sharing_modes(modes), options.role_agents(role)
+    layers = options.recompute_layers(recompute_layers, sharing_modes)
     from lragent_jax import compilation_cache
     from lragent_jax.cli.replay_table import print_report
     from lragent_jax.engine import Engine
@@ -47,7 +49,7 @@ def replay(
     with progress_bar() as progress:
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
-            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size,
+            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
             progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         report = run(

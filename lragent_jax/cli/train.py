@@ -34,6 +34,13 @@ def train(
     validation: Annotated[
         list[str], typer.Option(metavar="NAME=FILE", help="An agent's examples that are not trained on; repeatable.")
     ] = [],  # noqa: B006  (read only)
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with a PEFT folder per agent to start from, such as the OUT of another training.",
+            show_default=False,
+        ),
+    ] = None,
     kind: Annotated[
         str, typer.Option(help="apart, or shared_a: all agents get the first one's A of v (and k), one A-group.")
     ] = "apart",
@@ -101,7 +108,7 @@ def train(
     with _devices(mesh), progress_bar() as progress:
         results = run(
             model, agents, out,
-            validation=held_out, options=checked, base_model=base_model, progress=_now_and_then(progress),
+            validation=held_out, options=checked, init=init, base_model=base_model, progress=now_and_then(progress),
         )  # fmt: skip
     if not json:
         _print(results, out)
@@ -140,7 +147,7 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def _now_and_then(progress: Progress) -> Progress:
+def now_and_then(progress: Progress) -> Progress:
     """Losses change with every step: a terminal gets a few a second, a log file a line every few seconds."""
     pause = 0.1 if stderr().is_terminal else 5.0
     shown_at = -pause

@@ -12,9 +12,9 @@ import numpy as np
 
 from lragent_jax.models.errors import LRAgentError
 from lragent_jax.training.checkpoints import TrainingCheckpoints
-from lragent_jax.training.examples import TokenSequence
-from lragent_jax.training.lora import Lora, joined
-from lragent_jax.training.loss_curve import LossCurve
+from lragent_jax.training.examples import TokenSequence, sequences_hash
+from lragent_jax.training.lora import Lora, Trained
+from lragent_jax.training.loss_curve import LossCurve, read_losses
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.packing import BatchShape, Packer, Step
 from lragent_jax.training.programs import Programs, StepMetrics, TrainState, learning_rate
@@ -67,6 +67,10 @@ class AgentPlan:
         both = [(self.packer, self.steps), (self.validation_packer, self.validation_steps)]
         return [(packer, steps) for packer, steps in both if packer is not None]
 
+    def data_hash(self) -> str:
+        """Of the token ids and of which of them have a loss, in training and validation."""
+        return sequences_hash([sequence for packer, _ in self.packed for sequence in packer.sequences])
+
     def num_tokens(self) -> int:
         """Tokens that training runs, without padding."""
         return sum(map(self.packer.num_tokens, self.steps))
@@ -79,7 +83,10 @@ class AgentPlan:
 
 @dataclasses.dataclass(frozen=True)
 class AgentResult:
-    """What came of it. Losses are nats per output token; `train_loss` is the mean of the last tenth of the steps."""
+    """What came of it. Losses are nats per output token; `train_loss` is the mean of the last tenth of the steps.
+
+    `seconds` and `tokens_per_second` are those of the steps since it was last cut off.
+    """
 
     steps: int
     tokens: int
@@ -108,60 +115,62 @@ class AgentRun:
         self._programs, self._plan, self._shapes, self._options = programs, plan, shapes, options
         self._losses, self._checkpoints, self._progress = losses, checkpoints, progress
         self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self._recent: collections.deque[float] = collections.deque(maxlen=max(1, len(plan.steps) // 10))
         self._clock = _Clock()
 
-    def run(self, trainable: Lora, frozen: Lora) -> tuple[Lora, AgentResult]:
-        """Trains `trainable` beside `frozen`; returns all matrices. Raises `LRAgentError` where a loss is no number."""
-        state, frozen = self._programs.initial_state(trainable), self._programs.placed(frozen)
-        total = len(self._plan.steps)
+    def run(self, lora: Lora, trained: Trained) -> tuple[Lora, AgentResult]:
+        """Trains `lora`, as far as `trained` says; raises `LRAgentError` where a loss is no number."""
+        state, total = self._programs.initial_state(lora), len(self._plan.steps)
         done, state = self._checkpoints.restore(state) or (0, state)
         self._curve = LossCurve(self._losses, done)
-        step_of = {length: self._compiled_step(length, frozen, state) for length in self._lengths}
-        validation = None if done else self._validate(0, state, frozen)
+        self._compile(state, trained)
+        validation = None if done else self._validate(0, state.lora)
+        self._programs.wait()
         for number, step in enumerate(self._plan.steps[done:], start=done + 1):
-            batch = self._plan.packer.batch(step, self._shapes[step.length])
-            rate = learning_rate(self._options, number - 1, total)
+            shape = self._shapes[step.length]
+            batch = self._plan.packer.batch(step, shape)
             self._clock.start()
-            state, metrics = step_of[step.length](state, batch, rate)
+            state, metrics = self._programs.step(shape, trained, state, batch, self._rate(number))
             self._pending.append((number, metrics))
             self._fetch(leave=_STEPS_IN_FLIGHT)
             if number == total or number % self._validate_every == 0:
                 self._fetch(leave=0)
-                validation = self._validate(number, state, frozen)
+                validation = self._validate(number, state.lora)
             if number < total and number % self._options.checkpoint_every == 0:
                 self._fetch(leave=0)
                 self._clock.stop()
                 self._checkpoints.save(number, state)
-        return joined(state.trainable, frozen), self._result(validation)
+        return state.lora, self._result(validation)
 
-    @property
-    def _lengths(self) -> list[int]:
-        return sorted({step.length for step in self._plan.steps})
+    def _compile(self, state: TrainState, trained: Trained) -> None:
+        """Begins with what takes longest."""
+        of_steps, of_validation = (
+            [self._shapes[length] for length in sorted({step.length for step in steps}, reverse=True)]
+            for steps in (self._plan.steps, self._plan.validation_steps)
+        )
+        lengths = ", ".join(str(shape.length) for shape in of_steps)
+        self._progress(0, 0, f"{self._plan.agent}: compiling for rows of {lengths} tokens")
+        self._programs.compile(state, trained, of_steps, of_validation)
+
+    def _rate(self, number: int) -> float:
+        return learning_rate(self._options, number - 1, len(self._plan.steps))
 
     @property
     def _validate_every(self) -> int:
         return self._options.validate_every or max(1, len(self._plan.steps) // 10)
-
-    def _compiled_step(self, length: int, frozen: Lora, state: TrainState):
-        self._progress(0, 0, f"{self._plan.agent}: compiling for rows of {length} tokens")
-        return self._programs.step(self._shapes[length], frozen, state)
 
     def _fetch(self, leave: int) -> None:
         """Waits for the losses of all steps but the last few, and notes them."""
         while len(self._pending) > leave:
             number, metrics = self._pending.popleft()
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + norm):
                 raise LRAgentError(
-                    f"the loss of {self._plan.agent} is {loss} at step {number}; a lower learning rate, or bfloat16 or "
-                    "float32 in place of float16, keeps it finite"
+                    f"the loss of {self._plan.agent} is {loss} at step {number}, its gradient's norm {norm}; a lower "
+                    "learning rate, or bfloat16 or float32 in place of float16, keeps them finite"
                 )
             self._clock.count(self._plan.packer.num_tokens(self._plan.steps[number - 1]))
-            self._recent.append(loss)
-            rate = learning_rate(self._options, number - 1, len(self._plan.steps))
             self._curve.add(
-                step=number, loss=loss, learning_rate=rate, gradient_norm=norm,
+                step=number, loss=loss, learning_rate=self._rate(number), gradient_norm=norm,
                 tokens_per_second=round(self._clock.tokens_per_second),
             )  # fmt: skip
             self._progress(
@@ -169,18 +178,18 @@ class AgentRun:
                 f"{self._plan.agent}: loss {loss:.4f}, {self._clock.tokens_per_second:,.0f} tokens/s",
             )  # fmt: skip
 
-    def _validate(self, number: int, state: TrainState, frozen: Lora) -> tuple[float, float] | None:
+    def _validate(self, number: int, lora: Lora) -> tuple[float, float] | None:
         """(mean loss, share of output tokens that score best) over the validation examples."""
-        plan = self._plan
-        if plan.validation_packer is None:
+        packer = self._plan.validation_packer
+        if packer is None:
             return None
         self._clock.stop()
-        self._progress(0, 0, f"{plan.agent}: validation")
-        weights, sums, count = joined(state.trainable, frozen), [], 0.0
-        for step in plan.validation_steps:
+        self._progress(0, 0, f"{self._plan.agent}: validation")
+        sums, count = [], 0.0
+        for step in self._plan.validation_steps:
             shape = self._shapes[step.length]
-            batch = plan.validation_packer.batch(step, shape)
-            sums.append(self._programs.evaluation(shape, weights)(weights, batch))
+            batch = packer.batch(step, shape)
+            sums.append(self._programs.evaluation(shape, lora, batch))
             count += float(np.sum(batch.weights))
         loss, hits = (
             float(sum(np.asarray(part, np.float64) for part in parts)) / count for parts in zip(*sums, strict=True)
@@ -190,13 +199,14 @@ class AgentRun:
 
     def _result(self, validation: tuple[float, float] | None) -> AgentResult:
         loss, accuracy = validation or (None, None)
+        losses = [line["loss"] for line in read_losses(self._losses) if "loss" in line]  # those before a kill, too
         return AgentResult(
             steps=len(self._plan.steps),
             tokens=self._plan.num_tokens(),
             padding_share=round(self._plan.padding_share(self._shapes), 4),
             seconds=round(self._clock.seconds, 3),
             tokens_per_second=round(self._clock.tokens_per_second_in_all),
-            train_loss=float(np.mean(self._recent)),
+            train_loss=float(np.mean(losses[-max(1, len(self._plan.steps) // 10) :])),
             validation_loss=loss,
             validation_accuracy=accuracy,
         )

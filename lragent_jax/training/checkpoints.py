@@ -45,8 +45,9 @@ class TrainingCheckpoints:
         if not (steps := self._steps()):
             return None
         folder = self._folder / f"{_PREFIX}{steps[-1]}"
-        read_json(folder / _MANIFEST_FILE)
         expected, structure = jax.tree.flatten(like)
+        if (arrays := read_json(folder / _MANIFEST_FILE).get("arrays")) != len(expected):
+            raise CheckpointError(f"{folder} holds {arrays} arrays, not {len(expected)}; delete it to go on without")
         names = {str(i): 0 for i in range(len(expected))}
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
         try:
@@ -58,7 +59,8 @@ class TrainingCheckpoints:
         for name, leaf in zip(names, expected, strict=True):
             if np.shape(stored[name]) != leaf.shape:
                 raise CheckpointError(
-                    f"{folder} is damaged: array {name} is {np.shape(stored[name])}, not {leaf.shape}"
+                    f"{folder} is damaged: array {name} is {np.shape(stored[name])}, not {leaf.shape}; delete it to "
+                    "go on from an earlier state"
                 )
             leaves.append(jax.device_put(np.asarray(stored[name], leaf.dtype), leaf.sharding))
         return steps[-1], jax.tree.unflatten(structure, leaves)

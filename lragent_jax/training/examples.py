@@ -48,10 +48,8 @@ def read_examples(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON texts may hold other line ends
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        lines = _content(path).decode("utf-8-sig").split("\n")  # JSON texts may hold other line ends
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
     examples, problems = [], []
     for number, line in enumerate(lines, start=1):
@@ -70,8 +68,8 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 (hex) of a file's bytes; raises `InputError` for one that cannot be read."""
+    return hashlib.sha256(_content(Path(path))).hexdigest()
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, config: LlamaConfig) -> list[TokenSequence]:
@@ -94,6 +92,14 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, config: LlamaCon
     if problems:
         raise InputError(listing("these examples cannot be run:", problems))
     return [TokenSequence(np.asarray(one.ids, np.int32), np.asarray(one.is_output, bool)) for one in sequences]
+
+
+def sequences_hash(sequences: Sequence[TokenSequence]) -> str:
+    """SHA-256 (hex) of ids and outputs: another tokenizer makes another one of the same file."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.stack([sequence.ids, sequence.is_output]).astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 class _Growing:
@@ -120,6 +126,15 @@ class _Growing:
             )
         if max(*context, *output, 0) >= config.vocab_size:
             raise InputError(f"the tokenizer makes ids beyond the model's vocabulary of {config.vocab_size}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _parse(line: str) -> tuple[Any, str | None]:

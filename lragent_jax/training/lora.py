@@ -9,11 +9,15 @@ import numpy as np
 
 from lragent_jax.models.adapter import Adapter, LoraWeights
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, TARGETS, LoraPair
+from lragent_jax.models.cache_view import HostOrDevice
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.training.options import TrainingOptions
 
-Lora = dict[str, dict[str, jax.Array]]
+Lora = dict[str, dict[str, HostOrDevice]]
 """By target and by "lora_a" [L, in_width, r] or "lora_b" [L, r, out_width]; f32, the scale not in it."""
+
+Trained = dict[str, dict[str, np.bool_]]
+"""For every matrix of a `Lora`, whether steps change it."""
 
 
 def initial_lora(config: LlamaConfig, options: TrainingOptions, agent: str) -> Lora:
@@ -25,39 +29,45 @@ def initial_lora(config: LlamaConfig, options: TrainingOptions, agent: str) -> L
         rng = np.random.default_rng([options.seed, agent_key, TARGETS.index(target)])
         lora_a = rng.uniform(-1.0, 1.0, (config.num_layers, in_width, options.rank)) * in_width**-0.5
         lora[target] = {
-            "lora_a": jnp.asarray(lora_a, jnp.float32),
-            "lora_b": jnp.zeros((config.num_layers, options.rank, out_width), jnp.float32),
+            "lora_a": lora_a.astype(np.float32),
+            "lora_b": np.zeros((config.num_layers, options.rank, out_width), np.float32),
         }
     return lora
 
 
-def shared_part(adapter: Adapter) -> Lora:
-    """A of the cached targets: what makes adapters one A-group."""
+def from_adapter(adapter: Adapter, scale: float) -> Lora:
+    """An adapter of all layers and one rank, as `to_adapter` made it."""
+
+    def stacked(target: str, side: int) -> np.ndarray:
+        return np.stack([pair[side] for (_, of), pair in adapter.weights.items() if of == target])
+
     return {
-        target: {"lora_a": jnp.stack([pair.lora_a for (_, of), pair in adapter.weights.items() if of == target])}
+        target: {"lora_a": stacked(target, 0), "lora_b": stacked(target, 1) / np.float32(scale)}
         for target in adapter.targets
-        if target in CACHED_TARGETS
     }
 
 
-def without(lora: Lora, frozen: Lora) -> Lora:
-    """The matrices that `frozen` does not hold."""
-    return {
-        target: {name: array for name, array in matrices.items() if name not in frozen.get(target, {})}
+def shared_part(lora: Lora) -> Lora:
+    """A of the cached targets: what makes adapters one A-group."""
+    return {target: {"lora_a": matrices["lora_a"]} for target, matrices in lora.items() if target in CACHED_TARGETS}
+
+
+def with_shared(lora: Lora, shared: Lora) -> tuple[Lora, Trained]:
+    """`lora` with the matrices of `shared` in place of its own, which are not trained."""
+    joined = {target: matrices | shared.get(target, {}) for target, matrices in lora.items()}
+    trained = {
+        target: {name: np.bool_(name not in shared.get(target, {})) for name in matrices}
         for target, matrices in lora.items()
     }
-
-
-def joined(trainable: Lora, frozen: Lora) -> Lora:
-    return {target: matrices | frozen.get(target, {}) for target, matrices in trainable.items()}
+    return joined, trained
 
 
 def layer_pairs(lora: Lora, scale: float, dtype) -> tuple[dict[str, LoraPair], ...]:
     """Per layer what the model takes, in its dtype, the scale folded into B."""
 
-    def layers(stacked: jax.Array) -> Sequence[jax.Array]:
+    def layers(stacked: HostOrDevice) -> Sequence[jax.Array]:
         # Its transpose is one concatenation, that of indexing a sum of as many padded arrays as there are layers.
-        return jax.lax.split(stacked.astype(dtype), (1,) * stacked.shape[0], axis=0)
+        return jax.lax.split(jnp.asarray(stacked, dtype), (1,) * stacked.shape[0], axis=0)
 
     by_target = {
         target: zip(layers(matrices["lora_a"]), layers(matrices["lora_b"] * scale), strict=True)

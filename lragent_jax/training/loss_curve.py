@@ -1,6 +1,7 @@
 """Losses as they come, a JSON line each: what a plot is drawn from."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ class LossCurve:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_losses(path) if line["step"] <= steps_done] if steps_done else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft = path.with_name(f".{path.name}")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(draft, path)  # a kill in here must not cost the lines of steps that are not run again
 
     def add(self, **values: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from lragent_jax.models.adapter_bank import TARGETS
+from lragent_jax.models.adapter_bank import CACHED_TARGETS, TARGETS
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.packed_rows import ATTENTION_IMPLEMENTATIONS
 from lragent_jax.models.weights import weight_dtype
@@ -57,15 +57,14 @@ class TrainingOptions:
 
     def __post_init__(self):
         self._one_of("kind", get_args(Kind))
-        if self.remat is not None:
-            self._one_of("remat", get_args(Remat))
-        if self.attention is not None:
-            self._one_of("attention", ATTENTION_IMPLEMENTATIONS)
-        for name in ("rank", "steps", "epochs", "tokens_per_step", "sequence_length", "validate_every"):
+        self._one_of("remat", (None, *get_args(Remat)))
+        self._one_of("attention", (None, *ATTENTION_IMPLEMENTATIONS))
+        for name in ("rank", "tokens_per_step", "sequence_length", "checkpoint_every"):
             self._integer(name, 1)
-        for name in ("warmup", "seed"):
-            self._integer(name, 0)
-        self._integer("checkpoint_every", 1)
+        self._integer("seed", 0)
+        for name, least in (("steps", 1), ("epochs", 1), ("validate_every", 1), ("warmup", 0)):
+            if getattr(self, name) is not None:
+                self._integer(name, least)
         for name in ("alpha", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < math.inf:
@@ -80,6 +79,8 @@ class TrainingOptions:
             raise InputError(f"unknown targets: {', '.join(map(str, unknown))}; there are: {', '.join(TARGETS)}")
         if not targets:
             raise InputError(f"targets is empty: name some of {', '.join(TARGETS)}")
+        if self.kind == "shared_a" and not set(targets) & set(CACHED_TARGETS):
+            raise InputError(f"kind shared_a shares A of {' or '.join(CACHED_TARGETS)}: name one of them in targets")
         object.__setattr__(self, "alpha", int(self.alpha) if float(self.alpha).is_integer() else float(self.alpha))
         object.__setattr__(self, "targets", tuple(target for target in TARGETS if target in targets))
 
@@ -94,13 +95,13 @@ class TrainingOptions:
         fields = dataclasses.asdict(self) | {"targets": list(self.targets)}
         return {name: value for name, value in fields.items() if name not in beside}
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+    def _one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+            raise InputError(f"{name} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}")
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 

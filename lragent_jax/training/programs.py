@@ -1,6 +1,7 @@
 """The compiled programs of a training: one step, and one look at validation examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.tensor_parallel import WHOLE
-from lragent_jax.training.lora import Lora, joined, layer_pairs
+from lragent_jax.training.lora import Lora, Trained, layer_pairs
 from lragent_jax.training.loss import loss_and_hits, summed_loss
 from lragent_jax.training.mesh import current_mesh, cut_into_rows, replicated
 from lragent_jax.training.options import Remat, TrainingOptions
@@ -24,9 +25,9 @@ from lragent_jax.training.packing import Batch, BatchShape, empty_batch
 
 @pytree
 class TrainState:
-    """What a step changes: the matrices that are trained and AdamW's moments, f32, and its count of steps."""
+    """What a step changes: one adapter's matrices and AdamW's moments, f32, and its count of steps."""
 
-    trainable: Lora
+    lora: Lora
     optimizer: Any
 
 
@@ -62,60 +63,64 @@ class Programs:
             optax.scale_by_adam(),
             optax.add_decayed_weights(options.weight_decay),
         )
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._threads = ThreadPoolExecutor(thread_name_prefix="compile")
+        self._compiled: dict[tuple[str, BatchShape], Future[Callable[..., Any]]] = {}
 
-    def placed(self, lora: Lora) -> Lora:
-        """On every device of the mesh."""
-        return replicated(lora, self._mesh)
+    def initial_state(self, lora: Lora) -> TrainState:
+        """In memory of its own, on every device of the mesh."""
+        lora = replicated(jax.tree.map(jnp.array, lora), self._mesh)
+        return TrainState(lora=lora, optimizer=replicated(self._optimizer.init(lora), self._mesh))
 
-    def initial_state(self, trainable: Lora) -> TrainState:
-        trainable = self.placed(trainable)
-        return TrainState(trainable=trainable, optimizer=replicated(self._optimizer.init(trainable), self._mesh))
+    def compile(
+        self, state: TrainState, trained: Trained, steps: Iterable[BatchShape], evaluations: Iterable[BatchShape]
+    ) -> None:
+        """Begins to compile what no agent needed before, the programs side by side; `wait`, or running one, waits."""
+        rate, out_shardings = np.float32(0), None if self._mesh is None else NamedSharding(self._mesh, WHOLE)
+        for shape in steps:
+            jitted = jax.jit(self._stepper(self._remat(shape)), donate_argnums=2, out_shardings=out_shardings)
+            self._compile(("step", shape), jitted, trained, state, rate)
+        for shape in evaluations:
+            self._compile(("evaluation", shape), jax.jit(self._evaluate), state.lora)
+
+    def wait(self) -> None:
+        """Until everything is compiled; raises what the compiler raised."""
+        for program in self._compiled.values():
+            program.result()
 
     def step(
-        self, shape: BatchShape, frozen: Lora, state: TrainState
-    ) -> Callable[[TrainState, Batch, float], tuple[TrainState, StepMetrics]]:
-        """One step as (state, batch, learning rate) to (state, metrics); the state that goes in is used up.
+        self, shape: BatchShape, trained: Trained, state: TrainState, batch: Batch, rate: float
+    ) -> tuple[TrainState, StepMetrics]:
+        """One step at a learning rate; the state that goes in is used up, and what is not `trained` stays as it is."""
+        batch = cut_into_rows(batch, self._mesh)
+        return self._compiled["step", shape].result()(self._params, trained, state, np.float32(rate), batch)
 
-        Compiles it where no agent before this one had the same shapes.
-        """
-        key = "step", shape, jax.tree.structure(frozen)
+    def evaluation(self, shape: BatchShape, lora: Lora, batch: Batch) -> tuple[Array, Array]:
+        """(summed loss, how many output tokens scored best)"""
+        return self._compiled["evaluation", shape].result()(self._params, lora, cut_into_rows(batch, self._mesh))
+
+    def _compile(self, key: tuple[str, BatchShape], jitted: Any, *args: Any) -> None:
         if key not in self._compiled:
-            out_shardings = None if self._mesh is None else NamedSharding(self._mesh, WHOLE)
-            jitted = jax.jit(self._stepper(self._remat(shape)), donate_argnums=2, out_shardings=out_shardings)
-            batch = cut_into_rows(empty_batch(shape), self._mesh)
-            self._compiled[key] = jitted.lower(self._params, frozen, state, batch, np.float32(0)).compile()
-        compiled = self._compiled[key]
-
-        def run(state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, StepMetrics]:
-            return compiled(self._params, frozen, state, cut_into_rows(batch, self._mesh), np.float32(rate))
-
-        return run
-
-    def evaluation(self, shape: BatchShape, lora: Lora) -> Callable[[Lora, Batch], tuple[Array, Array]]:
-        """(lora, batch) to (summed loss, how many output tokens scored best); compiles it where it must."""
-        key = "evaluation", shape
-        if key not in self._compiled:
-            batch = cut_into_rows(empty_batch(shape), self._mesh)
-            self._compiled[key] = jax.jit(self._evaluate).lower(self._params, lora, batch).compile()
-        compiled = self._compiled[key]
-        return lambda lora, batch: compiled(self._params, lora, cut_into_rows(batch, self._mesh))
+            # Traced here, where the mesh is current; XLA then works without the interpreter's lock.
+            lowered = jitted.lower(self._params, *args, cut_into_rows(empty_batch(key[1]), self._mesh))
+            self._compiled[key] = self._threads.submit(lowered.compile)
 
     def _stepper(self, remat: Remat) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        def step(params: Params, frozen: Lora, state: TrainState, batch: Batch, rate) -> tuple[TrainState, StepMetrics]:
-            def total_loss(trainable: Lora) -> Array:
-                model, hidden = self._run(params, joined(trainable, frozen), batch, remat)
+        def step(params: Params, trained: Trained, state: TrainState, rate, batch: Batch):
+            def total_loss(lora: Lora) -> Array:
+                model, hidden = self._run(params, lora, batch, remat)
                 return summed_loss(model, hidden, batch)
 
-            total, gradient = jax.value_and_grad(total_loss)(state.trainable)
+            total, gradient = jax.value_and_grad(total_loss)(state.lora)
             # Divided here and not in the loss: the backward pass, which may be in f16, works on ordinary numbers.
             count = jnp.maximum(batch.weights.sum(), 1)
-            gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
-            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trainable)
-            updates = jax.tree.map(lambda leaf: -rate * leaf, updates)
+            # What is trained is data, not structure: agents with and without shared matrices run one program.
+            gradient = jax.tree.map(lambda keep, leaf: jnp.where(keep, leaf / count, 0), trained, gradient)
+            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.lora)
+            lora = jax.tree.map(
+                lambda keep, leaf, update: jnp.where(keep, leaf - rate * update, leaf), trained, state.lora, updates
+            )
             metrics = StepMetrics(loss=total / count, gradient_norm=_norm(gradient))
-            trainable = jax.tree.map(jnp.add, state.trainable, updates)
-            return TrainState(trainable=trainable, optimizer=optimizer), metrics
+            return TrainState(lora=lora, optimizer=optimizer), metrics
 
         return step
 

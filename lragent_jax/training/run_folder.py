@@ -36,8 +36,10 @@ def check_agent_names(agents: Sequence[str]) -> None:
     for name in agents:
         if name in ("", ".", "..") or Path(name).name != name or name.startswith("."):
             raise InputError(f"{name!r} cannot be the name of a folder; call the agent something else")
-        if name == _CHECKPOINTS_FOLDER or name.endswith(_ORBAX_SUFFIX):
-            raise InputError(f"{name!r} is the name of another folder of a training; call the agent something else")
+        if name in (_CHECKPOINTS_FOLDER, MANIFEST_FILE) or name.endswith(_ORBAX_SUFFIX):
+            raise InputError(
+                f"{name!r} is the name of something else in the folder of a training; call the agent something else"
+            )
 
 
 class RunFolder:
@@ -56,15 +58,19 @@ class RunFolder:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises one `CheckpointError` that lists how a training begun here differs from `settings`.
 
-        Settings that are not known yet may be left out.
+        Settings that are not known yet may be left out, each as a whole.
         """
         if not (self.path / MANIFEST_FILE).is_file():
             return
         manifest = read_json(self.path / MANIFEST_FILE)
         if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise CheckpointError(f"{self.path / MANIFEST_FILE} is not of the format {FORMAT}, version {VERSION}")
-        there, here = _flat(manifest.get("settings")), _flat(json.loads(json.dumps(settings)))
-        names = [name for name in here if name not in there or there[name] != here[name]]
+            raise CheckpointError(
+                f"{self.path / MANIFEST_FILE} is not of the format {FORMAT}, version {VERSION}; name another folder"
+            )
+        stored = manifest.get("settings", {})
+        there = _flat({name: stored[name] for name in settings if name in stored})
+        here = _flat(json.loads(json.dumps(settings)))
+        names = [name for name in here | there if name not in there or name not in here or there[name] != here[name]]
         if problems := [f"{name}: {_shown(there, name)} there, {_shown(here, name)} now" for name in names]:
             raise CheckpointError(
                 listing(
@@ -75,7 +81,10 @@ class RunFolder:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Writes the manifest, unless a training of the same settings was begun here before."""
         self.check(settings)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be made: {error}; name another folder") from error
         if not (self.path / MANIFEST_FILE).is_file():
             _write_json(self.path / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, "settings": settings})
 

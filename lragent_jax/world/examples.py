@@ -12,7 +12,7 @@ from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
 from lragent_jax.world.names import Split
 from lragent_jax.world.oracle import MISTAKES, Mistake, play
-from lragent_jax.world.padding import DEFAULT_LAYOUT, CountTokens, Layout, Padding, pad
+from lragent_jax.world.padding import DEFAULT_LAYOUT, NO_PADDING, CountTokens, Layout, Padding, pad
 from lragent_jax.world.question import Question, make_questions
 from lragent_jax.world.transcript import Piece, text_of, tool_name
 
@@ -79,7 +79,7 @@ def padding_for(
 ) -> Padding:
     """What brings the question's episode, as the oracle plays it, to `num_tokens` tokens; None adds nothing."""
     if num_tokens is None:
-        return Padding()
+        return NO_PADDING
     pieces = play(question, mistake=mistake)
     num_searches = sum(piece.text == tool_name("Search") for piece in pieces)
     num_finds = min(num_searches, question.num_hops)  # one of more misses
@@ -108,7 +108,8 @@ def write_examples(
     """
     if num_questions < 1:
         raise InputError(f"a set needs at least one question, not {num_questions}")
-    lines, num_tokens = dict.fromkeys((*ROLES, "questions"), 0), 0
+    lines: dict[str, int] = dict.fromkeys((*ROLES, "questions"), 0)
+    num_tokens = 0
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -63,9 +63,7 @@ def decode(
     if r_k and p < BLOCK_KV:
         raise NotImplementedError(f"page size {p} with low-rank keys: {BLOCK_KV} of one page are rebuilt at a time")
     block_sizes = (
-        block_sizes
-        or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank)
-        or heuristic(r_k)
+        block_sizes or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank) or heuristic(r_k)
     )
     shapes = Shapes(
         T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),

@@ -124,7 +124,7 @@ class LowRankFeed:
         return min(products * self.joined, max(self.joined, most))
 
     def rows_of(self, item, first, number: int, shapes: Shapes) -> list:
-        """The rows whose tables readers [first, first + number) follow; behind the last reader his again."""
+        """The rows whose tables readers [first, first + number) follow; behind the last reader its own again."""
         last = self.readers.count[item] - 1
         rows = [self.readers.rows[item, jnp.clip(first + n, 0, jnp.maximum(last, 0))] for n in range(number)]
         return [lax.div(row, jnp.int32(shapes.T)) for row in rows]

@@ -26,6 +26,7 @@ class Batch:
         self.generated, self.params, self.started = generated, params, started
         self.rows: list[Row] = []  # once the device is ours
         self.ttft_s = 0.0
+        self.failed = False
 
     @property
     def finished(self) -> bool:
@@ -45,6 +46,7 @@ class Batch:
 
     def discard(self) -> None:
         """Something went wrong: no token joins."""
+        self.failed = True
         for generated in self.generated:
             generated.discard()
 

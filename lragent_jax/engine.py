@@ -85,6 +85,7 @@ class Engine:
             table_widths=_table_widths(-(-config.context_length // page_size)),
             decode_block=self.options.decode_block,
             implementation=self.options.implementation,
+            prefix_cache=self.options.prefix_cache,
         )
         self._trajectories = LiveTrajectories()
         self._caller: int | None = None  # the thread that is in `_exclusive`
@@ -181,7 +182,11 @@ class Engine:
         return self._cache.recomputed_layers
 
     def cache_stats(self) -> CacheStats:
-        """Pages and bytes of all pools, in use and free."""
+        """Pages and bytes of all pools: in use, free, and kept by the prefix cache.
+
+        Kept pages belong to nobody and are there to be had, as free ones are; they do not count as used. When all
+        trajectories are closed, nothing is.
+        """
         with self._exclusive():
             return self._cache.stats()
 
@@ -213,6 +218,7 @@ class Engine:
             in_use = self._keys_in_use()
             for trajectory in self._trajectories:
                 trajectory.drop(lambda key: key in in_use)
+            self._cache.prefixes.drop(lambda key: key in in_use)
 
     # Calls.
 
@@ -240,7 +246,8 @@ class Engine:
         """Generates with one agent, or with several in one static batch.
 
         `prompt`: a trajectory, which the generated tokens join; text or token ids, for a context of their own that is
-        gone afterwards; or a list of those. `agent`: a name, None for the base model, or a list of them. `params`: a
+        gone afterwards; or a list of those. What anybody has read before from its first token on is not read again, as
+        far as the sharing mode allows. `agent`: a name, None for the base model, or a list of them. `params`: a
         `SamplingParams` (or one per row), or its fields as keywords. A list returns a list. Raises `InputError`,
         `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed; whatever else
         goes wrong on the way, no token joins.
@@ -382,6 +389,8 @@ class Engine:
 
         def finish() -> None:
             batch.settle()
+            if not batch.failed:
+                self._executor.share(batch.rows)
             held.close()
 
         if self._caller == threading.get_ident():
@@ -423,11 +432,11 @@ class Engine:
             batch.rows = rows = [executor.open_row(*row) for row in zip(batch.trajectories, adapters, strict=True)]
             sampling = sampling_arrays(batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows)))
             # The token sampled last is not run, so it needs no slot.
-            claims = [claim for row, limit in zip(rows, limits, strict=True) for claim in executor.plan(row, limit - 1)]
-            self._cache.reserve(claims)
+            executor.reserve(rows, [limit - 1 for limit in limits])
             state = executor.first_token(executor.prefill(rows), sampling)
             table, num_losses = executor.decode_table(rows), self._cache.num_losses
             tokens = np.asarray(state.last_tokens)[:, None]
+            executor.share(rows)
         batch.ttft_s = time.perf_counter() - batch.started
         while True:
             batch.push(tokens)
@@ -450,7 +459,7 @@ class Engine:
             ids = trajectory.checked_ids(token_ids)
             row = executor.open_row(trajectory, self._registry.find(agent))
             length = len(trajectory)
-            self._cache.reserve(executor.plan(row, max(len(ids) - 1, 0)))
+            executor.reserve([row], [max(len(ids) - 1, 0)])
             try:
                 logits = [np.asarray(executor.prefill([row]))[:1]]
                 ttft_s = time.perf_counter() - started
@@ -464,6 +473,7 @@ class Engine:
                 raise
             finally:
                 row.release_unused()
+            executor.share([row])
         return ScoreOutput(
             logits=np.concatenate(logits),
             num_prefilled_tokens=row.num_prefilled_tokens,

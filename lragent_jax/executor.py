@@ -13,10 +13,11 @@ from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, Loaded
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.generation import NEVER, DecodeState
 from lragent_jax.models.cache_view import PageTable, RecomputedPages
+from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
-from lragent_jax.sharing import Sharing
+from lragent_jax.sharing import PageKey, Sharing
 from lragent_jax.trajectory import Trajectory
 
 
@@ -32,6 +33,8 @@ class Row:
     low_rank_runs: list[PageRun]
     group_rows: list[int]  # the bank's A-group of each low-rank run
     reads_low_rank: bool  # whether the first of them is the adapter's own
+    keys: list[PageKey]  # of the written runs
+    reused: list[tuple[PageRun, list[int]]] = dataclasses.field(default_factory=list)  # pages from the prefix cache
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
 
     @property
@@ -71,6 +74,15 @@ class Row:
         for run in self.written:
             run.truncate(len(self.trajectory))
 
+    def give_up_reused(self) -> None:
+        """Returns what the prefix cache had: the call is not going to run."""
+        for run, indices in self.reused:
+            run.give_up(indices)
+
+    def share(self) -> None:
+        """Lets other contexts with the same beginning have what is on its full pages."""
+        self.trajectory.share(dict(zip(self.keys, self.written, strict=True)))
+
     def commit_chunk(self, chunk: Chunk) -> None:
         for run, write_from in zip(self.written, chunk.write_from, strict=True):
             run.commit(write_from, chunk.stop, self.writer.keys.content)
@@ -99,26 +111,48 @@ class Executor:
         table_widths: Sequence[int],
         decode_block: int,
         implementation: str | None,
+        prefix_cache: bool,
     ):
         self.graphdef, self.params = graphdef, params
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
+        self.prefix_cache = prefix_cache
 
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
+        """The row, with every page that its runs lack and somebody else has written for the same tokens."""
         own = self.sharing.low_rank_key(adapter.keys)
-        keys = self.sharing.written_low_rank_keys(adapter.keys, self.registry.keys)
+        low_rank = self.sharing.written_low_rank_keys(adapter.keys, self.registry.keys)
         recomputed = self.sharing.recomputed_key(adapter.keys) if self.cache.recomputed_layers else None
+        base = self.sharing.base_key(adapter.keys)
+        keys = [base, *([] if recomputed is None else [recomputed]), *low_rank]
         return Row(
             trajectory=trajectory,
             adapter=adapter,
             writer=BASE_MODEL_ROW if self.sharing.writes_without_adapter else adapter,
-            base_run=trajectory.run(self.sharing.base_key(adapter.keys)),
+            base_run=trajectory.run(base),
             recomputed_run=None if recomputed is None else trajectory.run(recomputed),
-            low_rank_runs=[trajectory.run(key) for key in keys],
-            group_rows=[self.registry.group_row(key) for key in keys],
+            low_rank_runs=[trajectory.run(key) for key in low_rank],
+            group_rows=[self.registry.group_row(key) for key in low_rank],
             reads_low_rank=own is not None,
+            keys=keys,
+            reused=trajectory.reuse({key: trajectory.run(key) for key in keys}),
         )
+
+    def share(self, rows: Sequence[Row]) -> None:
+        """Lets other contexts that begin like these rows have their full pages, if the engine is to."""
+        for row in rows if self.prefix_cache else ():
+            row.share()
+
+    def reserve(self, rows: Sequence[Row], num_new_tokens: Sequence[int]) -> None:
+        """Plans the rows' prefill and gives them pages, for so many new tokens each; all of them or none."""
+        try:
+            self.cache.reserve(claim for row, count in zip(rows, num_new_tokens, strict=True)
+                               for claim in self.plan(row, count))  # fmt: skip
+        except OutOfPagesError:
+            for row in rows:
+                row.give_up_reused()
+            raise
 
     def plan(self, row: Row, num_new_tokens: int) -> list[Claim]:
         """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens."""

@@ -30,6 +30,8 @@ class EngineOptions:
       max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
         targets that some adapter has, compile nothing anew unless they bring an A-group and the low-rank pool grows.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
+      prefix_cache: whether pages stay when their trajectory has closed, for every context that begins with the same
+        token ids, until a call needs them.
       decode_block: the most tokens per row between two looks of the host at them.
       implementation: of `lora_attention`; None takes the first that fits.
     """
@@ -43,6 +45,7 @@ class EngineOptions:
     max_adapters: int = 0
     max_rank: int = 0
     prefill_buckets: Sequence[int] | None = None
+    prefix_cache: bool = True
     decode_block: int = 16
     implementation: str | None = None
 
@@ -75,6 +78,8 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or value < least[name]:
                 raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")
+        if not isinstance(self.prefix_cache, bool):
+            raise InputError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise InputError(f"page_size must be a positive multiple of 8 tokens, not {self.page_size!r}")
         buckets = _sorted_integers(self.prefill_buckets)

@@ -1,6 +1,7 @@
 """The pages that hold one trajectory under one key: which tokens are on them, and who wrote each."""
 
 import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 
 from lragent_jax.page_pool import PagePool
 
@@ -73,14 +74,7 @@ class PageRun:
     def commit(self, start: int, stop: int, writer: str | None) -> None:
         """Records that `writer` has written those of [start, stop) that were missing."""
         missing = [(max(a, start), b) for a, b in self.missing(stop) if b > start]
-        spans = sorted([*self.spans, *(Span(a, b, writer) for a, b in missing)], key=lambda span: span.start)
-        self.spans = []
-        for span in spans:
-            last = self.spans[-1] if self.spans else None
-            if last and last.stop == span.start and last.writer == span.writer:
-                self.spans[-1] = Span(last.start, span.stop, span.writer)
-            else:
-                self.spans.append(span)
+        self.spans = _joined([*self.spans, *(Span(a, b, writer) for a, b in missing)])
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from `length` on and releases every page that holds none of the rest."""
@@ -91,6 +85,34 @@ class PageRun:
                 self.pool.release(page)
                 self.pages[index] = HOLE
         del self.pages[max(used, default=-1) + 1 :]
+
+    def page_spans(self, index: int) -> list[Span]:
+        """Who wrote which tokens of page `index`."""
+        start, stop = index * self.page_size, (index + 1) * self.page_size
+        inside = [span for span in self.spans if span.start < stop and span.stop > start]
+        return [Span(max(span.start, start), min(span.stop, stop), span.writer) for span in inside]
+
+    def is_full(self, index: int) -> bool:
+        """Whether every token of page `index` has been written."""
+        return sum(span.stop - span.start for span in self.page_spans(index)) == self.page_size
+
+    def adopt(self, pages: Mapping[int, int], spans: Sequence[Span]) -> None:
+        """Takes a share in pages that others have written, `spans` by whom, in place of holes."""
+        for index, page in pages.items():
+            self.pool.share(page)
+            self.pages.extend([HOLE] * (index + 1 - len(self.pages)))
+            self.pages[index] = page
+        self.spans = _joined([*self.spans, *spans])
+
+    def give_up(self, indices: Collection[int]) -> None:
+        """Releases whole pages, and forgets the tokens on them."""
+        kept = [self.page_spans(index) for index in range(len(self.pages)) if index not in indices]
+        for index in indices:
+            self.pool.release(self.pages[index])
+            self.pages[index] = HOLE
+        while self.pages and self.pages[-1] == HOLE:
+            self.pages.pop()
+        self.spans = _joined([span for spans in kept for span in spans])
 
     def fork(self) -> "PageRun":
         """A second run over the same pages; whoever writes to one of them first takes a copy."""
@@ -107,3 +129,15 @@ class PageRun:
     def _needs_page(self, index: int) -> bool:
         page = self.page(index)
         return page == HOLE or self.pool.num_references(page) > 1
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """The same tokens in order, one span where a writer goes on."""
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        last = joined[-1] if joined else None
+        if last and last.stop == span.start and last.writer == span.writer:
+            joined[-1] = Span(last.start, span.stop, span.writer)
+        else:
+            joined.append(span)
+    return joined

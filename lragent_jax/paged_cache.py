@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lragent_jax.eviction import choose_victims, recompute_flop
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
@@ -18,6 +19,7 @@ from lragent_jax.models.sharding import current_mesh
 from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
+from lragent_jax.prefix_tree import PrefixTree
 from lragent_jax.sharing import PageKey, PoolName
 
 _COPIES_PER_CALL = 8
@@ -31,10 +33,15 @@ _SIZE_OPTIONS: dict[PoolName, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class PoolStats:
-    """Pages of one pool and the device memory they stand for."""
+    """Pages of one pool and the device memory they stand for.
+
+    `pages_used` are held by trajectories. `pages_cached` are held by nobody else than the prefix cache, which gives
+    them up when a call needs them: such a call can have `pages_free + pages_cached`.
+    """
 
     pages_used: int
     pages_free: int
+    pages_cached: int
     bytes_per_page: int
 
     @property
@@ -43,7 +50,7 @@ class PoolStats:
 
     @property
     def bytes_total(self) -> int:
-        return (self.pages_used + self.pages_free) * self.bytes_per_page
+        return (self.pages_used + self.pages_free + self.pages_cached) * self.bytes_per_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,7 @@ class PagedCache:
             "recomputed": PagePool(num_recomputed_pages if recomputed_layers else 0),
             "low_rank": PagePool(num_low_rank_pages),
         }
+        self.prefixes = PrefixTree(page_size)
         self.num_losses = 0
         self.arrays = self._allocate()
 
@@ -110,6 +118,7 @@ class PagedCache:
         if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)):
             return False
         self.num_losses += 1
+        self.prefixes.drop(lambda key: False)
         self.arrays = self._allocate()
         return True
 
@@ -138,19 +147,38 @@ class PagedCache:
         return PageRun(self.pools[key.pool], self.page_size)
 
     def reserve(self, claims: Iterable[Claim]) -> None:
-        """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing."""
+        """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing.
+
+        If too few are free, pages that only the prefix cache holds go, as many as it takes.
+        """
         claims = [claim for claim in claims if claim.stop > claim.start]
-        for name, pool in self.pools.items():
-            needed = _pages_needed((claim for claim in claims if claim.run.pool is pool), pool)
-            if needed > pool.num_free:
-                raise OutOfPagesError(
-                    f"this call needs {needed} more {name} pages of {self.page_size} tokens, {pool.num_free} of "
-                    f"{pool.num_pages} are free: close trajectories, lower max_new_tokens, or build the engine with "
-                    f"a larger {_SIZE_OPTIONS[name]}"
-                )
+        self._evict(_writers(claims))
         for name, pool in self.pools.items():
             self._copy(name, [copy for claim in claims if claim.run.pool is pool
                               for copy in claim.run.prepare(claim.start, claim.stop)])  # fmt: skip
+
+    def _evict(self, writers: Mapping[tuple[PagePool, int], int]) -> None:
+        """Makes room for what is going to be written, or raises `OutOfPagesError` and changes nothing."""
+        needed: dict[PoolName, int] = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+        needs: dict[PoolName, tuple[PagePool, int]] = {
+            name: (pool, needed[name] - pool.num_free)
+            for name, pool in self.pools.items()
+            if needed[name] > pool.num_free
+        }
+        if not needs:
+            return
+        victims, num_freed = choose_victims(
+            self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index)
+        )
+        for name, (pool, num_missing) in needs.items():
+            if num_freed[name] < num_missing:
+                raise OutOfPagesError(
+                    f"this call needs {needed[name]} more {name} pages of {self.page_size} tokens, "
+                    f"{pool.num_free + num_freed[name]} of {pool.num_pages} are free: close trajectories, lower "
+                    f"max_new_tokens, or build the engine with a larger {_SIZE_OPTIONS[name]}"
+                )
+        for node, key in victims:
+            self.prefixes.remove(node, key)
 
     def grow_low_rank(self, num_pages: int, low_rank_ranks: Mapping[str, int]) -> None:
         """Makes room for more pages or larger ranks; what is cached stays valid.
@@ -200,8 +228,10 @@ class PagedCache:
             "recomputed": layer_bytes * num_recomputed,
             "low_rank": low_rank_bytes,
         }
-        stats = {name: PoolStats(pool.num_used, pool.num_free, bytes_per_page[name])
-                 for name, pool in self.pools.items()}  # fmt: skip
+        stats = {}
+        for name, pool in self.pools.items():
+            cached = sum(pool.num_references(page.page) == 1 for page in self.prefixes.pages(pool))
+            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
@@ -245,12 +275,16 @@ def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) 
     return tuple(jnp.zeros(shape, dtype, device=place) for _ in range(num_layers))
 
 
-def _pages_needed(claims: Iterable[Claim], pool: PagePool) -> int:
-    """New pages, and copies of shared ones: of the runs that hold a page together, the last to write keeps it."""
-    wanted: dict[tuple[int, int], int] = {}
+def _writers(claims: Iterable[Claim]) -> collections.Counter[tuple[PagePool, int]]:
+    """How many runs are going to write to every shared page, and how many new pages they need (under `HOLE`)."""
+    wanted: dict[tuple[int, int], tuple[PagePool, int]] = {}
     for claim in claims:
         for index in claim.run.pages_to_write(claim.start, claim.stop):
-            wanted[id(claim.run), index] = claim.run.page(index)
-    writers = collections.Counter(page for page in wanted.values() if page != HOLE)
-    copies = sum(min(count, pool.num_references(page) - 1) for page, count in writers.items())
-    return copies + sum(page == HOLE for page in wanted.values())
+            wanted[id(claim.run), index] = claim.run.pool, claim.run.page(index)
+    return collections.Counter(wanted.values())
+
+
+def _pages_needed(writers: Mapping[tuple[PagePool, int], int], pool: PagePool) -> int:
+    """New pages, and copies of shared ones: of those that hold a page together, the last to write keeps it."""
+    counts = {page: count for (of, page), count in writers.items() if of is pool}
+    return sum(count if page == HOLE else min(count, pool.num_references(page) - 1) for page, count in counts.items())

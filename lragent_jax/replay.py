@@ -121,7 +121,7 @@ class _Tally:
 
 
 class _Replayer:
-    """Gives each mode an engine of its own, for as long as it runs."""
+    """Gives each mode an engine of its own, for as long as it runs; what one run leaves, no other finds."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class _Replayer:
         return run
 
     def _make(self, mode: SharingMode) -> Engine:
-        return self._engine.with_sharing(mode, **self._pool_sizes)
+        return self._engine.with_sharing(mode, **self._pool_sizes, prefix_cache=False)
 
     def _run(self, engine: Engine, recording: Recording, what: str, measure_decoding: bool) -> _Run:
         run = _Run(logits=[])

@@ -4,13 +4,14 @@ import collections
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lragent_jax.models.errors import InputError, TrajectoryBusyError, TrajectoryClosedError
 from lragent_jax.page_run import PageRun, Span
 from lragent_jax.paged_cache import PagedCache
+from lragent_jax.prefix_tree import Path
 from lragent_jax.sharing import PageKey
 
 Encode = Callable[[str, bool], list[int]]
@@ -64,6 +65,7 @@ class Trajectory:
         self._vocab_size, self._context_length = vocab_size, context_length
         self._ids: list[int] = []
         self._runs: dict[PageKey, PageRun] = {}
+        self._path: Path = []
         self._extending = threading.Lock()
         self._closed = False
         self._live = live
@@ -103,7 +105,7 @@ class Trajectory:
         """A second trajectory with the same tokens and pages; the first write to a shared page copies it."""
         with self.extending():
             other = Trajectory(self._cache, self._encode, self._vocab_size, self._context_length, self._live)
-            other._ids = list(self._ids)
+            other._ids, other._path = list(self._ids), list(self._path)
             with self._cache.lock:
                 other._runs.update({key: run.fork() for key, run in self._runs.items()})
             return other
@@ -156,6 +158,14 @@ class Trajectory:
             self._runs[key] = self._cache.new_run(key)
         return self._runs[key]
 
+    def reuse(self, runs: Mapping[PageKey, PageRun]) -> list[tuple[PageRun, list[int]]]:
+        """Gives its runs what others have written of its beginning; see `PrefixTree.reuse`."""
+        return self._cache.prefixes.reuse(self._path, self._ids, runs)
+
+    def share(self, runs: Mapping[PageKey, PageRun]) -> None:
+        """Lets others have the full pages of its runs; see `PrefixTree.insert`."""
+        self._cache.prefixes.insert(self._path, self._ids, runs)
+
     def ids_between(self, start: int, stop: int) -> list[int]:
         return self._ids[start:stop]
 
@@ -166,6 +176,7 @@ class Trajectory:
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens and releases every page that holds none of them."""
         del self._ids[length:]
+        del self._path[length // self._cache.page_size :]
         with self._cache.lock:
             for run in self._runs.values():
                 run.truncate(length)

@@ -18,7 +18,11 @@ from lragent_jax.tokenizer import Tokenizer
 CONFIG = LlamaConfig.preset("tiny")
 
 # Buckets and pages small enough that a context of forty tokens meets every kind of border.
-OPTIONS = {"num_pages": 48, "num_low_rank_pages": 144, "page_size": 8, "prefill_buckets": (8, 32), "decode_block": 4}
+# Every context starts cold, so that counts are those of one trajectory: the prefix cache is tested by itself.
+OPTIONS = {
+    "num_pages": 48, "num_low_rank_pages": 144, "page_size": 8, "prefill_buckets": (8, 32), "decode_block": 4,
+    "prefix_cache": False,
+}  # fmt: skip
 
 
 @functools.cache

@@ -28,7 +28,7 @@ QUESTION = [(7 * i + 3) % 128 for i in range(21)]
 
 @pytest.fixture
 def engine() -> Engine:
-    return tiny_engine("base_lr", tokenizer=ascii_tokenizer())
+    return tiny_engine("base_lr", tokenizer=ascii_tokenizer(), prefix_cache=True)
 
 
 # How a token is run, written and read, in every way there is.
@@ -351,7 +351,8 @@ def test_an_agent_unloaded_meanwhile_is_missed_and_others_keep_their_rows(monkey
     assert engine.generate(QUESTION, "action", max_new_tokens=4).token_ids == want
 
 
-def test_loading_and_unloading_an_agent(engine):
+def test_loading_and_unloading_an_agent():
+    engine = tiny_engine("base_lr")
     critic = random_adapter(CONFIG, rank=6, targets=("v", "down"), seed=9, scale=0.5)
     before = engine.generate(QUESTION, "plan", max_new_tokens=6).token_ids
     engine.load_adapter("critic", critic)

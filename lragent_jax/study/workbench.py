@@ -128,9 +128,11 @@ class Workbench:
         gc.collect()
 
     def _make(self, agents: AgentSet, **options: Any) -> Engine:
+        # Episodes alike whatever ran before them: none meets pages of another.
         return Engine(
-            *self.parts, dict(agents.adapters), tokenizer=self.tokenizer, **self.options.of_engine(), **options
-        )
+            *self.parts, dict(agents.adapters), tokenizer=self.tokenizer, prefix_cache=False,
+            **self.options.of_engine(), **options,
+        )  # fmt: skip
 
     def _pages(self, tokens: int, batch_size: int) -> int:
         """Base pages of a batch when every agent writes its own."""

@@ -53,12 +53,42 @@ def lora_delta(
     x: Float[Array, "B T in_width"],
     pair: LoraPair,
     group_of: Int[Array, " A"] | None,
-    adapter_ids: Int[Array, " B"] | None,
+    adapter_ids: Int[Array, " B"] | Int[Array, "B T"] | None,
 ) -> Float[Array, "B T out_width"]:
     """What the rows' adapters add to a projection of x: s (x A) B (LoRA, arXiv 2106.09685).
 
-    Without `adapter_ids` the only adapter of `pair` (A = g = 1) is every row's, and not copied for each.
+    Without `adapter_ids` the only adapter of `pair` (A = g = 1) is every row's, and not copied for each. With an id
+    per token every adapter has an A of its own (g = A).
     """
+    if adapter_ids is not None and adapter_ids.ndim == 2:
+        low_rank = jnp.einsum("btd,adr->btar", x, pair.lora_a)
+        return jnp.einsum("btar,aro->bto", own_part(low_rank, adapter_ids, pair.lora_b.shape[0]), pair.lora_b)
     if group_of is None or adapter_ids is None:
         return jnp.einsum("btr,ro->bto", jnp.einsum("btd,dr->btr", x, pair.lora_a[0]), pair.lora_b[0])
     return expand(shrink(x, pair.lora_a[group_of[adapter_ids]]), pair.lora_b[adapter_ids])
+
+
+def own_part(
+    low_rank: Float[Array, "B T *heads _A r"], adapter_ids: Int[Array, "B T"], num_adapters: int
+) -> Float[Array, "B T *heads A r"]:
+    """Each token's r numbers in its own adapter's place, zeros in that of the others.
+
+    Times the B's of all adapters that is one product over A r numbers, and no B is copied for every token.
+    """
+    is_own = jnp.arange(num_adapters) == adapter_ids[..., None]
+    is_own = is_own.reshape(*adapter_ids.shape, *(1,) * (low_rank.ndim - 4), num_adapters, 1)
+    return jnp.where(is_own, low_rank, 0)
+
+
+def expand_by_head(
+    low_rank: Float[Array, "B T N r"],
+    lora_b: Float[Array, "A r out_width"],
+    adapter_ids: Int[Array, "B T"],
+    num_kv_heads: int,
+) -> Float[Array, "B T N H"]:
+    """(P L) B of every query head, with the B of its token's adapter and its kv head."""
+    num_adapters, rank, out_width = lora_b.shape
+    by_head = lora_b.reshape(num_adapters, rank, num_kv_heads, out_width // num_kv_heads)
+    grouped = low_rank.reshape(*low_rank.shape[:2], num_kv_heads, -1, 1, rank)
+    expanded = jnp.einsum("btkgar,arkh->btkgh", own_part(grouped, adapter_ids, num_adapters), by_head)
+    return expanded.reshape(*low_rank.shape[:3], -1)

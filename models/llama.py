@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.models import cache_view
-from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
+from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.matrix_product import matrix_product
-from lragent_jax.models.packed_rows import PackedRows, attend_packed
+from lragent_jax.models.packed_rows import PackedRows, attend_packed, attend_packed_split
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
 from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE, per_shard, sum_over_shards
@@ -26,14 +26,19 @@ from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE
 
 @pytree
 class LayerAdapters:
-    """One layer's share of the adapter bank, and which adapter each row of the batch runs.
+    """One layer's share of the adapter bank, and which adapter each row of the batch runs, or each of its tokens.
 
     Without `adapter_ids` all rows run the only adapter there is.
     """
 
     pairs: dict[str, LoraPair]
     group_of: dict[str, Int[Array, " A"]]
-    adapter_ids: Int[Array, " B"] | None
+    adapter_ids: Int[Array, " B"] | Int[Array, "B T"] | None
+
+    @property
+    def by_token(self) -> Int[Array, "B T"] | None:
+        """Every token's adapter, where tokens of one row are run by several."""
+        return None if self.adapter_ids is None or self.adapter_ids.ndim == 1 else self.adapter_ids
 
     def delta(self, target: str, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"] | float:
         """What the adapters add to projection `target`; plain 0 where none adapts it."""
@@ -135,12 +140,23 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],
         implementation: str | None,
     ) -> Float[Array, "B T D"]:  # fmt: skip
-        """The same over packed rows, without a cache."""
-        q, k, v = (
-            self.heads(linear(x) + adapters.delta(target, x))
-            for target, linear in (("q", self.q), ("k", self.k), ("v", self.v))
+        """The same over packed rows, without a cache.
+
+        Where every token has its adapter, it reads keys and values as a split cache would hold them: what tokens of
+        all adapters left there, base and low-rank, under its own B.
+        """
+        q, k = (
+            rotate(self.heads(linear(x) + adapters.delta(target, x)), *rope)
+            for target, linear in (("q", self.q), ("k", self.k))
         )
-        attended = attend_packed(rotate(q, *rope), rotate(k, *rope), v, mask, implementation)
+        by_token, pair = adapters.by_token, adapters.pairs.get("v")
+        if by_token is None or pair is None:
+            v = self.heads(self.v(x) + adapters.delta("v", x))
+            attended = attend_packed(q, k, v, mask, implementation)
+        else:
+            low_rank = jnp.einsum("btd,dr->btr", x, pair.lora_a[0])
+            base, low_rank = attend_packed_split(q, k, self.heads(self.v(x)), low_rank, mask, implementation)
+            attended = base + expand_by_head(low_rank, pair.lora_b, by_token, self.config.num_kv_heads)
         return self.o(attended.reshape(*x.shape[:2], -1), "o", adapters)
 
     def heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads H"]:
@@ -251,15 +267,20 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Runs whole sequences without caches, several to a row, for training: differentiable in `pairs`.
 
-        `pairs` are, per layer, one adapter's matrices by target, with A = g = 1. A backward pass keeps the input of
-        every block and what `saveable` allows (see `jax.checkpoint_policies`), and computes the rest once more.
-        `implementation` is that of `attend_packed`. Returns normalised hidden states in the parameters' dtype.
+        `pairs` are, per layer, one adapter's matrices by target, with A = g = 1. Where the rows say which adapter runs
+        each token, they are those of A adapters: g = A, but for v, of which all adapters share one lora_a (g = 1), the
+        A-group of the cache that they share; k cannot be adapted then, for keys would have to be rebuilt for every
+        reader, and `ValueError` says so. A backward pass keeps the input of every block and what `saveable` allows
+        (see `jax.checkpoint_policies`), and computes the rest once more. `implementation` is that of `attend_packed`.
+        Returns normalised hidden states in the parameters' dtype.
         """
+        if rows.adapter_ids is not None and any("k" in of_layer for of_layer in pairs):
+            raise ValueError("with an adapter per token, k cannot be one of the targets")
         rope = rotation(rows.positions, inverse_frequencies(self.config))
         mask = rows.mask()
         x = self.embed[...][rows.tokens]
         for block, of_layer in zip(self.layers, pairs, strict=True):
-            adapters = LayerAdapters(pairs=of_layer, group_of={}, adapter_ids=None)
+            adapters = LayerAdapters(pairs=of_layer, group_of={}, adapter_ids=rows.adapter_ids)
             run = jax.checkpoint(block.packed, policy=saveable, static_argnums=(4,))
             x = run(x, adapters, rope, mask, implementation)
         return self.norm(x)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSequence:
-    """Token ids i32 [T], and which of them the agent shall write: bool [T], never the first."""
+    """Token ids i32 [T], and which of them an agent shall write: bool [T], never the first.
+
+    `agents` i8 [T] says who runs each token where several agents run one sequence; None where one runs all.
+    """
 
     ids: np.ndarray
     is_output: np.ndarray
+    agents: np.ndarray | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -46,25 +50,43 @@ def read_examples(path: str | Path) -> list[Example]:
 
     Raises one `InputError` that names the file and lists every line that is not what it should be.
     """
-    path = Path(path)
-    try:
-        lines = _content(path).decode("utf-8-sig").split("\n")  # JSON texts may hold other line ends
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
     examples, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        value, problem = _parse(line)
-        if problem is None:
-            examples.append(Example(value["input"], value["output"], f"{path}:{number}"))
+    for place, value, problem in read_json_lines(path):
+        if problem := problem or _problem(value):
+            problems.append(f"{place}: {problem}")
         else:
-            problems.append(f"{path}:{number}: {problem}")
+            examples.append(Example(value["input"], value["output"], place))
     if problems:
         raise InputError(listing(f"{path} cannot be trained on:", problems))
     if not examples:
         raise InputError(f'{path} is empty: it must hold lines like {{"input": …, "output": …}}')
     return examples
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any, str | None]]:
+    """(file and line, what it holds, None or why it is no JSON) of every line that is not empty.
+
+    Raises `InputError` for a file that cannot be read.
+    """
+    path = Path(path)
+    try:
+        lines = _content(path).decode("utf-8-sig").split("\n")  # JSON texts may hold other line ends
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        value, problem = None, None
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = f"no JSON: {error}"
+        yield f"{path}:{number}", value, problem
+
+
+def json_kind(value: Any) -> str:
+    """The beginning of a value, for messages."""
+    return json.dumps(value)[:40]
 
 
 def file_hash(path: str | Path) -> str:
@@ -81,8 +103,9 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, config: LlamaCon
     cannot be run.
     """
     texts, starts = _new_texts(examples)
-    contexts = _encode(texts, examples, tokenizer)
-    outputs = _encode([example.output for example in examples], examples, tokenizer)
+    places = [example.place for example in examples]
+    contexts = encode_texts(texts, places, tokenizer)
+    outputs = encode_texts([example.output for example in examples], places, tokenizer)
     sequences: list[_Growing] = []
     problems = []
     for example, starts_one, context, output in zip(examples, starts, contexts, outputs, strict=True):
@@ -98,11 +121,26 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, config: LlamaCon
 
 
 def sequences_hash(sequences: Sequence[TokenSequence]) -> str:
-    """SHA-256 (hex) of ids and outputs: another tokenizer makes another one of the same file."""
+    """SHA-256 (hex) of ids, outputs and agents: another tokenizer makes another one of the same file."""
     digest = hashlib.sha256()
     for sequence in sequences:
-        digest.update(np.stack([sequence.ids, sequence.is_output]).astype("<i4").tobytes())
+        agents = [] if sequence.agents is None else [sequence.agents]
+        digest.update(np.stack([sequence.ids, sequence.is_output, *agents]).astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+def encode_texts(texts: Sequence[str], places: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of every text; one `InputError` that lists the places of those that have none."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except InputError as of_batch:
+        problems = []
+        for text, place in zip(texts, places, strict=True):
+            try:
+                tokenizer.encode(text)
+            except InputError as error:
+                problems.append(f"{place}: {error}")
+        raise InputError(listing("these examples cannot be run:", problems)) from of_batch
 
 
 def _new_texts(examples: Sequence[Example]) -> tuple[list[str], list[bool]]:
@@ -113,20 +151,6 @@ def _new_texts(examples: Sequence[Example]) -> tuple[list[str], list[bool]]:
         texts.append(example.input if starts[-1] or before is None else example.input[len(before) :])
         before = example.input + example.output
     return texts, starts
-
-
-def _encode(texts: Sequence[str], examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of a text of every example; one `InputError` that lists the examples whose text has none."""
-    try:
-        return tokenizer.encode_batch(texts)
-    except InputError as of_batch:
-        problems = []
-        for text, example in zip(texts, examples, strict=True):
-            try:
-                tokenizer.encode(text)
-            except InputError as error:
-                problems.append(f"{example.place}: {error}")
-        raise InputError(listing("these examples cannot be run:", problems)) from of_batch
 
 
 class _Growing:
@@ -160,19 +184,13 @@ def _content(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def _parse(line: str) -> tuple[Any, str | None]:
-    """(the object, what is wrong with it)"""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return None, f"no JSON: {error}"
+def _problem(value: Any) -> str | None:
+    """What is wrong with a line's object."""
     if not isinstance(value, dict):
-        return value, f"must be an object with input and output, not {json.dumps(value)[:40]}"
+        return f"must be an object with input and output, not {json_kind(value)}"
     for name in ("input", "output"):
         if name not in value:
-            return value, f"the field {name} is missing"
+            return f"the field {name} is missing"
         if not isinstance(value[name], str):
-            return value, f"{name} must be text, not {json.dumps(value[name])[:40]}"
-    if not value["output"]:
-        return value, "the output is empty"
-    return value, None
+            return f"{name} must be text, not {json_kind(value[name])}"
+    return None if value["output"] else "the output is empty"

@@ -2,19 +2,22 @@
 
     python scripts/train.py MODEL DATA OUT [--validation DATA] [--init OUT] [--kind shared_a] [--targets q,v] [--rank 8]
 
-DATA holds plan.jsonl, action.jsonl and reflect.jsonl, as `lragent world` writes them; --init goes on from the adapters
-of another OUT. Further options are the fields of `TrainingOptions`. `lragent train` takes agents of any names.
+DATA holds plan.jsonl, action.jsonl and reflect.jsonl, and for --kind joint trajectories.jsonl, as `lragent world`
+writes them; --init goes on from the adapters of another OUT. Further options are the fields of `TrainingOptions`.
+`lragent train` takes agents of any names.
 """
 
 import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from lragent_jax import compilation_cache
 from lragent_jax.cli.console import progress_bar
 from lragent_jax.cli.train import now_and_then
 from lragent_jax.react import ROLES
+from lragent_jax.training.joint_trainer import train_jointly
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.trainer import train
 
@@ -36,15 +39,18 @@ def main() -> None:
     settings = {name: value for name, value in arguments.items() if value is not None}
     if "targets" in settings:
         settings["targets"] = tuple(settings["targets"].split(","))
-    files, held_out = (
-        {role: folder / f"{role}.jsonl" for role in ROLES} if folder else {} for folder in (data, validation)
-    )
+    options = TrainingOptions(**settings)
     compilation_cache.enable()
     with progress_bar() as progress:
-        results = train(
-            model, files, out,
-            validation=held_out, options=TrainingOptions(**settings), init=init, progress=now_and_then(progress),
-        )  # fmt: skip
+        beside: dict[str, Any] = {"options": options, "init": init, "progress": now_and_then(progress)}
+        if options.kind == "joint":
+            held_out = validation and validation / "trajectories.jsonl"
+            results = train_jointly(model, data / "trajectories.jsonl", out, validation=held_out, **beside)
+        else:
+            files, held_out = (
+                {role: folder / f"{role}.jsonl" for role in ROLES} if folder else {} for folder in (data, validation)
+            )
+            results = train(model, files, out, validation=held_out, **beside)
     print(json.dumps(results))
 
 

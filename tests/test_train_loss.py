@@ -17,7 +17,7 @@ from lragent_jax.models import llama
 from lragent_jax.training import loss as loss_module
 from lragent_jax.training.examples import Example, TokenSequence, tokenize
 from lragent_jax.training.lora import initial_lora, layer_pairs
-from lragent_jax.training.loss import loss_and_hits, summed_loss, token_losses
+from lragent_jax.training.loss import losses_and_hits, summed_loss, token_losses
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.packing import Packer, batch_shapes
 
@@ -158,7 +158,7 @@ def test_losses_and_hits_of_a_head(tied, monkeypatch):
     batch = loss_module.Batch(rows=None, loss_positions=positions, targets=targets, weights=weights)  # pyright: ignore[reportArgumentType]
     picked = np.take_along_axis(scores, np.minimum(positions, 6)[..., None], axis=1)
     want = -np.take_along_axis(np.asarray(jax.nn.log_softmax(picked)), targets[..., None], axis=2)[..., 0]
-    loss, hits = loss_and_hits(model, hidden, batch)
+    loss, hits = map(jnp.sum, losses_and_hits(model, hidden, batch))
     assert_close(loss, (want * weights).sum(), "equal")
     assert hits == ((picked.argmax(-1) == targets) * weights).sum() >= 2
     assert_close(summed_loss(model, hidden, batch), loss, "equal")

@@ -1,4 +1,4 @@
-"""`lragent train`: LoRA agents for one base model, from JSON lines."""
+"""`lragent train`: LoRA agents for one base model, from JSON lines of examples or of trajectories."""
 
 import contextlib
 import json as json_module
@@ -19,6 +19,10 @@ def train(
     model: Annotated[
         Path, typer.Argument(help="A Hugging Face folder, a GGUF file, or an Orbax checkpoint.", show_default=False)
     ],
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder to write; the same command again goes on with it.", show_default=False),
+    ],
     agent: Annotated[
         list[str],
         typer.Option(
@@ -26,14 +30,20 @@ def train(
             help='An agent and its JSON lines {"input": …, "output": …}; repeatable.',
             show_default=False,
         ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(help="The folder to write; the same command again goes on with it.", show_default=False),
-    ],
+    ] = [],  # noqa: B006  (read only)
     validation: Annotated[
         list[str], typer.Option(metavar="NAME=FILE", help="An agent's examples that are not trained on; repeatable.")
     ] = [],  # noqa: B006  (read only)
+    trajectories: Annotated[
+        Path | None,
+        typer.Option(
+            help='For kind joint, instead of --agent: JSON lines {"pieces": [{"text": …, "agent": NAME or null}, …]}.',
+            show_default=False,
+        ),
+    ] = None,
+    validation_trajectories: Annotated[
+        Path | None, typer.Option(help="Such lines that are not trained on.", show_default=False)
+    ] = None,
     init: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +52,11 @@ def train(
         ),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="apart, or shared_a: all agents get the first one's A of v (and k), one A-group.")
+        str,
+        typer.Option(
+            help="apart; shared_a: all agents get the first one's A of v (and k), one A-group; or joint: all at once, "
+            "for a cache that they share."
+        ),
     ] = "apart",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     alpha: Annotated[float, typer.Option(help="Adapters count alpha / rank.")] = 16.0,
@@ -83,18 +97,27 @@ def train(
             metavar="data=N,model=M", help="How to use several devices; by default all for data.", show_default=False
         ),
     ] = None,
+    separate_share: Annotated[
+        float | None,
+        typer.Option(help="Of kind joint: trajectories that one agent runs alone (0.25).", show_default=False),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base's name in the PEFT folders; by default MODEL.", show_default=False)
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Train LoRA agents: OUT/NAME is a PEFT folder with its losses, OUT/NAME.orbax the same for this package."""
+    """Train LoRA agents: OUT/NAME is a PEFT folder with its losses, OUT/NAME.orbax the same for this package.
+
+    The losses of kind joint are in OUT/losses.jsonl.
+    """
+    _check_data(kind, agent, validation, trajectories, validation_trajectories)
     agents = options.name_path_pairs(agent, "--agent")
     held_out = options.name_path_pairs(validation, "--validation")
     from lragent_jax import compilation_cache
     from lragent_jax.models.adapter_bank import TARGETS
+    from lragent_jax.training.joint_trainer import train_jointly
     from lragent_jax.training.options import TrainingOptions
-    from lragent_jax.training.trainer import train as run
+    from lragent_jax.training.trainer import train as train_in_turn
 
     names = TARGETS if targets == "all" else tuple(name.strip() for name in targets.split(","))
     settings: dict[str, Any] = {
@@ -102,17 +125,42 @@ def train(
         "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
         "tokens_per_step": tokens_per_step, "sequence_length": sequence_length, "seed": seed, "dtype": dtype,
         "validate_every": validate_every, "checkpoint_every": checkpoint_every, "attention": attention, "remat": remat,
+        "separate_share": separate_share,
     }  # fmt: skip
     checked = TrainingOptions(**settings)
     compilation_cache.enable()
     with _devices(mesh), progress_bar() as progress:
-        results = run(
-            model, agents, out,
-            validation=held_out, options=checked, init=init, base_model=base_model, progress=now_and_then(progress),
-        )  # fmt: skip
+        beside: dict[str, Any] = {
+            "options": checked, "init": init, "base_model": base_model, "progress": now_and_then(progress),
+        }  # fmt: skip
+        if trajectories is None:
+            results = train_in_turn(model, agents, out, validation=held_out, **beside)
+        else:
+            results = train_jointly(model, trajectories, out, validation=validation_trajectories, **beside)
     if not json:
-        _print(results, out)
+        _print(results, out, one_curve=trajectories is not None)
     print(json_module.dumps({"out": str(out), "agents": results}))
+
+
+def _check_data(
+    kind: str, agent: list[str], validation: list[str], trajectories: Path | None, held_out: Path | None
+) -> None:
+    """Every kind takes data of one form."""
+    if kind == "joint":
+        if trajectories is None:
+            raise typer.BadParameter(
+                "kind joint trains on whole trajectories: give their file", param_hint="--trajectories"
+            )
+        if agent or validation:
+            raise typer.BadParameter(
+                "kind joint finds agents and outputs in --trajectories alone", param_hint="--agent"
+            )
+    elif trajectories is not None or held_out is not None:
+        raise typer.BadParameter(
+            f"kind {kind} takes files of examples by --agent; ask for --kind joint", param_hint="--trajectories"
+        )
+    elif not agent:
+        raise typer.BadParameter("name an agent and its file", param_hint="--agent")
 
 
 @contextlib.contextmanager
@@ -161,7 +209,7 @@ def now_and_then(progress: Progress) -> Progress:
     return show
 
 
-def _print(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+def _print(results: Mapping[str, Mapping[str, Any]], out: Path, one_curve: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -175,4 +223,5 @@ def _print(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"{out}/NAME for PEFT, {out}/NAME.orbax; losses in {out}/NAME/losses.jsonl", highlight=False)
+    losses = "losses.jsonl" if one_curve else "NAME/losses.jsonl"
+    console.print(f"{out}/NAME for PEFT, {out}/NAME.orbax; losses in {out}/{losses}", highlight=False)

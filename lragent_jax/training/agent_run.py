@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lragent_jax.training.examples import TokenSequence, sequences_hash
 from lragent_jax.training.lora import Lora, Trained
 from lragent_jax.training.loss_curve import LossCurve, read_losses
 from lragent_jax.training.options import TrainingOptions
-from lragent_jax.training.packing import BatchShape, Packer, Step
+from lragent_jax.training.packing import Batch, BatchShape, Packer, Step, slot_agents
 from lragent_jax.training.programs import Programs, StepMetrics, TrainState, learning_rate
 
 Progress = Callable[[int, int, str], None]
@@ -26,6 +27,14 @@ _STEPS_IN_FLIGHT = 8
 """Steps that the device may have waiting before the host looks at their losses: enough that it never waits itself."""
 
 _DEFAULT_EPOCHS = 3
+
+
+def training_steps(packer: Packer, options: TrainingOptions) -> list[Step]:
+    """As many as the options ask for, in steps or in epochs."""
+    if options.steps is not None:
+        return list(itertools.islice(packer.steps(options.seed), options.steps))
+    epochs = range(options.epochs or _DEFAULT_EPOCHS)
+    return [step for epoch in epochs for step in packer.epoch([options.seed, epoch])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +62,15 @@ class AgentPlan:
             "row_multiple": row_multiple,
         }
         packer = Packer(sequences, **sizes)
-        if options.steps is not None:
-            steps = list(itertools.islice(packer.steps(options.seed), options.steps))
-        else:
-            epochs = range(options.epochs or _DEFAULT_EPOCHS)
-            steps = [step for epoch in epochs for step in packer.epoch([options.seed, epoch])]
+        steps = training_steps(packer, options)
         validation_packer = Packer(validation, **sizes) if validation else None
         validation_steps = validation_packer.epoch(None) if validation_packer else []
         return cls(agent, packer, steps, validation_packer, validation_steps)
+
+    @property
+    def looks(self) -> Sequence[Step]:
+        """All steps of a validation."""
+        return self.validation_steps
 
     @property
     def packed(self) -> list[tuple[Packer, Sequence[Step]]]:
@@ -116,14 +126,19 @@ class AgentRun:
         self._losses, self._checkpoints, self._progress = losses, checkpoints, progress
         self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._clock = _Clock()
+        self._validated: dict[str, Any] = {"validation_loss": None, "validation_accuracy": None}
 
     def run(self, lora: Lora, trained: Trained) -> tuple[Lora, AgentResult]:
         """Trains `lora`, as far as `trained` says; raises `LRAgentError` where a loss is no number."""
+        return self._train(lora, trained), AgentResult(**self._figures(), **self._validated)
+
+    def _train(self, lora: Lora, trained: Trained) -> Lora:
         state, total = self._programs.initial_state(lora), len(self._plan.steps)
         done, state = self._checkpoints.restore(state) or (0, state)
         self._curve = LossCurve(self._losses, done)
         self._compile(state, trained)
-        validation = None if done else self._validate(0, state.lora)
+        if not done:
+            self._validate(0, state.lora)
         self._programs.wait()
         for number, step in enumerate(self._plan.steps[done:], start=done + 1):
             shape = self._shapes[step.length]
@@ -134,18 +149,18 @@ class AgentRun:
             self._fetch(leave=_STEPS_IN_FLIGHT)
             if number == total or number % self._validate_every == 0:
                 self._fetch(leave=0)
-                validation = self._validate(number, state.lora)
+                self._validate(number, state.lora)
             if number < total and number % self._options.checkpoint_every == 0:
                 self._fetch(leave=0)
                 self._clock.stop()
                 self._checkpoints.save(number, state)
-        return state.lora, self._result(validation)
+        return state.lora
 
     def _compile(self, state: TrainState, trained: Trained) -> None:
         """Begins with what takes longest."""
         of_steps, of_validation = (
             [self._shapes[length] for length in sorted({step.length for step in steps}, reverse=True)]
-            for steps in (self._plan.steps, self._plan.validation_steps)
+            for steps in (self._plan.steps, self._plan.looks)
         )
         lengths = ", ".join(str(shape.length) for shape in of_steps)
         self._progress(0, 0, f"{self._plan.agent}: compiling for rows of {lengths} tokens")
@@ -178,38 +193,53 @@ class AgentRun:
                 f"{self._plan.agent}: loss {loss:.4f}, {self._clock.tokens_per_second:,.0f} tokens/s",
             )  # fmt: skip
 
-    def _validate(self, number: int, lora: Lora) -> tuple[float, float] | None:
-        """(mean loss, share of output tokens that score best) over the validation examples."""
-        packer = self._plan.validation_packer
-        if packer is None:
-            return None
+    def _validate(self, number: int, lora: Lora) -> None:
+        """Looks at the validation examples, if there are any, and notes what it finds."""
+        if self._plan.validation_packer is None:
+            return
+        [(loss, accuracy)] = self._means(self._plan.validation_packer, self._plan.validation_steps, lora)
+        self._validated = {"validation_loss": loss, "validation_accuracy": accuracy}
+        self._curve.add(step=number, **self._validated)
+
+    def _means(
+        self, packer: Packer, steps: Sequence[Step], lora: Lora, num_agents: int = 1
+    ) -> list[tuple[float, float] | tuple[None, None]]:
+        """(mean loss, share of output tokens that score best), of each agent's outputs; None where it has none."""
         self._clock.stop()
         self._progress(0, 0, f"{self._plan.agent}: validation")
-        sums, count = [], 0.0
-        for step in self._plan.validation_steps:
+        sums, counts = np.zeros((2, num_agents)), np.zeros(num_agents)
+        running: collections.deque[tuple[Any, Batch]] = collections.deque()
+
+        def fetch(leave: int) -> None:
+            nonlocal sums, counts
+            while len(running) > leave:
+                of_slots, batch = running.popleft()
+                agents = slot_agents(batch).reshape(-1)
+                for totals, weights in ((sums[0], of_slots[0]), (sums[1], of_slots[1]), (counts, batch.weights)):
+                    totals += np.bincount(agents, np.asarray(weights, np.float64).reshape(-1), num_agents)
+
+        for step in steps:
             shape = self._shapes[step.length]
             batch = packer.batch(step, shape)
-            sums.append(self._programs.evaluation(shape, lora, batch))
-            count += float(np.sum(batch.weights))
-        loss, hits = (
-            float(sum(np.asarray(part, np.float64) for part in parts)) / count for parts in zip(*sums, strict=True)
-        )
-        self._curve.add(step=number, validation_loss=loss, validation_accuracy=hits)
-        return loss, hits
+            running.append((self._programs.evaluation(shape, lora, batch), batch))
+            fetch(leave=_STEPS_IN_FLIGHT)
+        fetch(leave=0)
+        return [
+            (loss / count, hits / count) if count else (None, None)
+            for loss, hits, count in zip(*sums.tolist(), counts.tolist(), strict=True)
+        ]
 
-    def _result(self, validation: tuple[float, float] | None) -> AgentResult:
-        loss, accuracy = validation or (None, None)
+    def _figures(self) -> dict[str, Any]:
+        """What a result says of the steps."""
         losses = [line["loss"] for line in read_losses(self._losses) if "loss" in line]  # those before a kill, too
-        return AgentResult(
-            steps=len(self._plan.steps),
-            tokens=self._plan.num_tokens(),
-            padding_share=round(self._plan.padding_share(self._shapes), 4),
-            seconds=round(self._clock.seconds, 3),
-            tokens_per_second=round(self._clock.tokens_per_second_in_all),
-            train_loss=float(np.mean(losses[-max(1, len(self._plan.steps) // 10) :])),
-            validation_loss=loss,
-            validation_accuracy=accuracy,
-        )
+        return {
+            "steps": len(self._plan.steps),
+            "tokens": self._plan.num_tokens(),
+            "padding_share": round(self._plan.padding_share(self._shapes), 4),
+            "seconds": round(self._clock.seconds, 3),
+            "tokens_per_second": round(self._clock.tokens_per_second_in_all),
+            "train_loss": float(np.mean(losses[-max(1, len(self._plan.steps) // 10) :])),
+        }
 
 
 class _Clock:

@@ -28,7 +28,7 @@ class Example:
 class TokenSequence:
     """Token ids i32 [T], and which of them an agent shall write: bool [T], never the first.
 
-    `agents` i8 [T] says who runs each token where several agents run one sequence; None where one runs all.
+    `agents` i16 [T] says who runs each token where several agents run one sequence; None where one runs all.
     """
 
     ids: np.ndarray

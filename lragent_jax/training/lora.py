@@ -1,4 +1,4 @@
-"""What is trained: one adapter's matrices, stacked over the layers."""
+"""What is trained: the matrices of one adapter, or of several at once, stacked over the layers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,10 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.training.options import TrainingOptions
 
 Lora = dict[str, dict[str, HostOrDevice]]
-"""By target and by "lora_a" [L, in_width, r] or "lora_b" [L, r, out_width]; f32, the scale not in it."""
+"""By target and by "lora_a" [L, in_width, r] or "lora_b" [L, r, out_width]; f32, the scale not in it.
+
+Of several agents at once: [L, A, in_width, r] and [L, A, r, out_width], with A = 1 where all have one lora_a.
+"""
 
 Trained = dict[str, dict[str, np.bool_]]
 """For every matrix of a `Lora`, whether steps change it."""
@@ -62,12 +65,34 @@ def with_shared(lora: Lora, shared: Lora) -> tuple[Lora, Trained]:
     return joined, trained
 
 
+def joined(loras: Sequence[Lora]) -> Lora:
+    """The matrices of several agents as one; A of the cached targets is the first one's, for all of them."""
+    return {
+        target: {
+            name: np.stack([np.asarray(lora[target][name]) for lora in (loras[:1] if shared else loras)], axis=1)
+            for name in ("lora_a", "lora_b")
+            for shared in [name == "lora_a" and target in CACHED_TARGETS]
+        }
+        for target in loras[0]
+    }
+
+
+def of_agent(lora: Lora, agent: int) -> Lora:
+    """One agent's matrices out of those of several."""
+
+    def own(matrix: HostOrDevice) -> np.ndarray:
+        return np.asarray(matrix)[:, agent if matrix.shape[1] > 1 else 0]
+
+    return {target: {name: own(matrix) for name, matrix in matrices.items()} for target, matrices in lora.items()}
+
+
 def layer_pairs(lora: Lora, scale: float, dtype) -> tuple[dict[str, LoraPair], ...]:
     """Per layer what the model takes, in its dtype, the scale folded into B."""
 
     def layers(stacked: HostOrDevice) -> Sequence[jax.Array]:
         # Its transpose is one concatenation, that of indexing a sum of as many padded arrays as there are layers.
-        return jax.lax.split(jnp.asarray(stacked, dtype), (1,) * stacked.shape[0], axis=0)
+        cut = jax.lax.split(jnp.asarray(stacked, dtype), (1,) * stacked.shape[0], axis=0)
+        return [layer.reshape(-1, *layer.shape[-2:]) for layer in cut]
 
     by_target = {
         target: zip(layers(matrices["lora_a"]), layers(matrices["lora_b"] * scale), strict=True)

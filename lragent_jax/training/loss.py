@@ -30,8 +30,10 @@ def summed_loss(model: Llama, hidden: Float[Array, "B T D"], batch: Batch) -> Fl
     return jnp.sum(losses * batch.weights)
 
 
-def loss_and_hits(model: Llama, hidden: Float[Array, "B T D"], batch: Batch) -> tuple[Array, Array]:
-    """(negative log-likelihood of all output tokens, how many of them were the likeliest)"""
+def losses_and_hits(
+    model: Llama, hidden: Float[Array, "B T D"], batch: Batch
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """(negative log-likelihood of every output token, 1 where it was the likeliest); 0 in slots without one."""
     picked = output_hidden(hidden, batch.loss_positions)
 
     def of_chunk(hidden, targets):
@@ -39,7 +41,7 @@ def loss_and_hits(model: Llama, hidden: Float[Array, "B T D"], batch: Batch) -> 
         return losses, hits
 
     losses, hits = _in_chunks(of_chunk, picked, batch.targets, unembedding(model).shape[0])
-    return jnp.sum(losses * batch.weights), jnp.sum(hits * batch.weights)
+    return losses * batch.weights, hits * batch.weights
 
 
 def unembedding(model: Llama) -> Float[Array, "V D"]:

@@ -9,7 +9,7 @@ from lragent_jax.models.errors import InputError
 from lragent_jax.models.packed_rows import ATTENTION_IMPLEMENTATIONS
 from lragent_jax.models.weights import weight_dtype
 
-Kind = Literal["apart", "shared_a"]
+Kind = Literal["apart", "shared_a", "joint"]
 Remat = Literal["blocks", "dots"]
 
 
@@ -19,7 +19,9 @@ class TrainingOptions:
 
     Attributes:
       kind: "apart" trains every agent on its own; "shared_a" trains the first one so, and the others with its A of
-        the cached targets (v, and k where adapted), which stays as it is: they form one A-group.
+        the cached targets (v, and k where adapted), which stays as it is: they form one A-group. "joint" trains all
+        of them at once on whole trajectories, each token run by the agent that runs it where the cache is shared, with
+        one A of v for all; k cannot be adapted.
       rank, alpha, targets: of the adapters; an adapter adds (alpha / rank) x A B to each target.
       steps, epochs: how long; steps where both are given, 3 epochs where neither is.
       learning_rate: the highest; it rises over `warmup` steps (a twentieth of all by default) and falls to 0 as a
@@ -32,6 +34,8 @@ class TrainingOptions:
       validate_every: steps between two looks at the validation examples; a tenth of all steps by default.
       checkpoint_every: steps between two states on disk.
       attention: one of `ATTENTION_IMPLEMENTATIONS`; None takes cuDNN's where it can run.
+      separate_share: of the kind "joint", how much of an epoch's trajectories is run by one agent alone, drawn for
+        each, as where nothing is shared: agents stay good at reading what they have run themselves. 0.25 by default.
       remat: what the backward pass computes once more: "blocks" everything but the input of every block, "dots" only
         what is neither a product with a weight nor cuDNN's attention. None takes "dots" where the memory is there.
     """
@@ -54,6 +58,7 @@ class TrainingOptions:
     checkpoint_every: int = 200
     attention: str | None = None
     remat: Remat | None = None
+    separate_share: float | None = None
 
     def __post_init__(self):
         self._one_of("kind", get_args(Kind))
@@ -81,6 +86,7 @@ class TrainingOptions:
             raise InputError(f"targets is empty: name some of {', '.join(TARGETS)}")
         if self.kind == "shared_a" and not set(targets) & set(CACHED_TARGETS):
             raise InputError(f"kind shared_a shares A of {' or '.join(CACHED_TARGETS)}: name one of them in targets")
+        self._check_joint(targets)
         object.__setattr__(self, "alpha", int(self.alpha) if float(self.alpha).is_integer() else float(self.alpha))
         object.__setattr__(self, "targets", tuple(target for target in TARGETS if target in targets))
 
@@ -93,7 +99,25 @@ class TrainingOptions:
         """What decides the result, as JSON: how it is computed and how often it is looked at are left out."""
         beside = ("validate_every", "checkpoint_every", "attention", "remat")
         fields = dataclasses.asdict(self) | {"targets": list(self.targets)}
+        if self.kind != "joint":
+            del fields["separate_share"]
         return {name: value for name, value in fields.items() if name not in beside}
+
+    def _check_joint(self, targets: tuple[str, ...]) -> None:
+        share = self.separate_share
+        if self.kind != "joint":
+            if share is not None:
+                raise InputError("separate_share is an option of the kind joint alone")
+            return
+        if "k" in targets:
+            raise InputError(
+                "kind joint cannot adapt k: the keys would have to be rebuilt for every agent that reads them; leave k "
+                "out of targets"
+            )
+        if share is None:
+            object.__setattr__(self, "separate_share", 0.25)
+        elif not _is_number(share) or not 0 <= share <= 1:
+            raise InputError(f"separate_share must be a number from 0 to 1, not {share!r}")
 
     def _one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in allowed:

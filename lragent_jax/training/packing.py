@@ -31,6 +31,15 @@ class Batch:
     weights: Float[HostOrDevice, "B M"]
 
 
+def slot_agents(batch: Batch) -> Int[np.ndarray, "B M"]:
+    """Whose output every loss slot holds: that of the agent that runs the token before it. 0 where one runs all."""
+    agents = batch.rows.adapter_ids
+    if agents is None:
+        return np.zeros(batch.targets.shape, np.int32)
+    slots = np.minimum(batch.loss_positions, agents.shape[1] - 1)
+    return np.take_along_axis(np.asarray(agents), np.asarray(slots), axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """The rows of one step: slots per row, and the sequences that lie in each, by index."""
@@ -41,11 +50,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """B, T and M of a program's batches."""
+    """B, T and M of a program's batches, and whether each token has its agent."""
 
     rows: int
     length: int
     loss_slots: int
+    by_token: bool = False
 
 
 def empty_batch(shape: BatchShape) -> Batch:
@@ -53,7 +63,7 @@ def empty_batch(shape: BatchShape) -> Batch:
     slots = (shape.rows, shape.length)
     loss_slots = (shape.rows, shape.loss_slots)
     return Batch(
-        rows=PackedRows(*(np.zeros(slots, np.int32) for _ in range(3))),
+        rows=PackedRows(*(np.zeros(slots, np.int32) for _ in range(3 + shape.by_token))),
         loss_positions=np.tile(shape.length + np.arange(shape.loss_slots, dtype=np.int32), (shape.rows, 1)),
         targets=np.zeros(loss_slots, np.int32),
         weights=np.zeros(loss_slots, np.float32),
@@ -69,7 +79,7 @@ class _OpenRow:
 
 
 class Packer:
-    """Packs one set of sequences, the same way for the same seed.
+    """Packs one set of sequences, the same way for the same seed; all of them or none say who runs each token.
 
     Rows have `sequence_length` slots; sequences that are longer open rows of twice as many, and so on. The rows of a
     step have one length, and their number is `tokens_per_step` over it, a multiple of `row_multiple`.
@@ -85,14 +95,16 @@ class Packer:
         self._sequence_length, self._tokens_per_step, self._multiple = sequence_length, tokens_per_step, row_multiple
 
     def epoch(self, seed: Sequence[int] | None) -> list[Step]:
-        """Every sequence once. Rows are spread evenly over their steps; `seed` None keeps the order of the file."""
+        """Every sequence once, of those that are drawn. Rows are spread evenly over their steps; `seed` None keeps the
+        order of the file.
+        """
         rng = None if seed is None else np.random.default_rng(seed)
 
         def shuffled(items: list) -> list:
             return items if rng is None else [items[i] for i in rng.permutation(len(items))]
 
         steps = []
-        rows_by_length = self._first_fit(shuffled(list(range(len(self._lengths)))))
+        rows_by_length = self._first_fit(shuffled(self._drawn(rng)))
         for length in sorted(rows_by_length):
             rows = shuffled(rows_by_length[length])
             count = -(-len(rows) // self.num_rows(length))
@@ -137,6 +149,8 @@ class Packer:
                 batch.rows.tokens[here] = sequence.ids[:-1]
                 batch.rows.positions[here] = np.arange(sequence.num_inputs)
                 batch.rows.segments[here] = number
+                if batch.rows.adapter_ids is not None and sequence.agents is not None:
+                    batch.rows.adapter_ids[here] = sequence.agents[:-1]
                 with_loss = np.flatnonzero(sequence.is_output[1:])
                 slots = row, slice(slot, slot + len(with_loss))
                 batch.loss_positions[slots] = start + with_loss
@@ -144,6 +158,15 @@ class Packer:
                 batch.weights[slots] = 1.0
                 start, slot = start + sequence.num_inputs, slot + len(with_loss)
         return batch
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has its agent."""
+        return self.sequences[0].agents is not None
+
+    def _drawn(self, rng: np.random.Generator | None) -> list[int]:
+        """The sequences of an epoch, by index; without `rng` those that validation looks at."""
+        return list(range(len(self._lengths)))
 
     def _first_fit(self, order: Sequence[int]) -> dict[int, list[list[int]]]:
         """Rows by length. Long sequences come first, so that short ones fill up what they leave of their rows."""
@@ -178,7 +201,10 @@ def batch_shapes(packers_and_steps: Sequence[tuple[Packer, Sequence[Step]]]) -> 
     any_packer = packers_and_steps[0][0]
     return {
         length: BatchShape(
-            any_packer.num_rows(length), length, -(-count // _LOSS_SLOTS_MULTIPLE) * _LOSS_SLOTS_MULTIPLE
+            any_packer.num_rows(length),
+            length,
+            -(-count // _LOSS_SLOTS_MULTIPLE) * _LOSS_SLOTS_MULTIPLE,
+            any_packer.by_token,
         )
         for length, count in sorted(slots.items())
     }

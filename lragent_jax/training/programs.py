@@ -17,7 +17,7 @@ from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.tensor_parallel import WHOLE
 from lragent_jax.training.lora import Lora, Trained, layer_pairs
-from lragent_jax.training.loss import loss_and_hits, summed_loss
+from lragent_jax.training.loss import losses_and_hits, summed_loss
 from lragent_jax.training.mesh import current_mesh, cut_into_rows, replicated
 from lragent_jax.training.options import Remat, TrainingOptions
 from lragent_jax.training.packing import Batch, BatchShape, empty_batch
@@ -25,7 +25,7 @@ from lragent_jax.training.packing import Batch, BatchShape, empty_batch
 
 @pytree
 class TrainState:
-    """What a step changes: one adapter's matrices and AdamW's moments, f32, and its count of steps."""
+    """What a step changes: matrices, one adapter's or several's, AdamW's moments, f32, and its count of steps."""
 
     lora: Lora
     optimizer: Any
@@ -95,7 +95,7 @@ class Programs:
         return self._compiled["step", shape].result()(self._params, trained, state, np.float32(rate), batch)
 
     def evaluation(self, shape: BatchShape, lora: Lora, batch: Batch) -> tuple[Array, Array]:
-        """(summed loss, how many output tokens scored best)"""
+        """(loss, whether it scored best) of the output token of every slot, [B, M]"""
         return self._compiled["evaluation", shape].result()(self._params, lora, cut_into_rows(batch, self._mesh))
 
     def _compile(self, key: tuple[str, BatchShape], jitted: Any, *args: Any) -> None:
@@ -126,7 +126,7 @@ class Programs:
 
     def _evaluate(self, params: Params, lora: Lora, batch: Batch) -> tuple[Array, Array]:
         model, hidden = self._run(params, lora, batch, "blocks")
-        return loss_and_hits(model, hidden, batch)
+        return losses_and_hits(model, hidden, batch)
 
     def _run(self, params: Params, lora: Lora, batch: Batch, remat: Remat) -> tuple[Llama, Float[Array, "B T D"]]:
         model = nnx.merge(self._graphdef, params)

@@ -36,14 +36,17 @@ def check_agent_names(agents: Sequence[str]) -> None:
     for name in agents:
         if name in ("", ".", "..") or Path(name).name != name or name.startswith("."):
             raise InputError(f"{name!r} cannot be the name of a folder; call the agent something else")
-        if name in (_CHECKPOINTS_FOLDER, MANIFEST_FILE) or name.endswith(_ORBAX_SUFFIX):
+        if name in (_CHECKPOINTS_FOLDER, MANIFEST_FILE, LOSSES_FILE) or name.endswith(_ORBAX_SUFFIX):
             raise InputError(
                 f"{name!r} is the name of something else in the folder of a training; call the agent something else"
             )
 
 
 class RunFolder:
-    """OUT: a manifest, per agent a PEFT folder with its losses and an Orbax adapter, and states of unfinished ones."""
+    """OUT: a manifest, per agent a PEFT folder with its losses and an Orbax adapter, and states of unfinished ones.
+
+    The losses of agents that are trained at once are one file beside their folders.
+    """
 
     def __init__(self, out: str | os.PathLike):
         """Raises `CheckpointError` if `out` is there and is no folder of a training."""
@@ -88,8 +91,9 @@ class RunFolder:
         if not (self.path / MANIFEST_FILE).is_file():
             _write_json(self.path / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, "settings": settings})
 
-    def losses(self, agent: str) -> Path:
-        return self.path / agent / LOSSES_FILE
+    def losses(self, agent: str | None) -> Path:
+        """One agent's; None: those of all agents that are trained at once."""
+        return (self.path if agent is None else self.path / agent) / LOSSES_FILE
 
     def checkpoints(self, agent: str) -> TrainingCheckpoints:
         return TrainingCheckpoints(self.path / _CHECKPOINTS_FOLDER / agent)
@@ -112,7 +116,7 @@ class RunFolder:
         base_model: str | None,
         result: AgentResult,
     ) -> dict[str, Any]:
-        """Writes an agent's adapter, as PEFT and as Orbax, and its result; the states go."""
+        """Writes an agent's adapter, as PEFT and as Orbax, and its result; its states go."""
         folder, draft = self.path / agent, self.path / f".{agent}.peft"
         folder.mkdir(exist_ok=True)
         write_peft(draft, adapter, config, base_model=base_model, alpha=alpha, force=True)
@@ -126,11 +130,14 @@ class RunFolder:
             "a_group": written.a_group_hash,
         }
         _write_json(folder / RESULT_FILE, described)
+        self.clear_checkpoints(agent)
+        return described
+
+    def clear_checkpoints(self, agent: str) -> None:
         self.checkpoints(agent).clear()
         checkpoints = self.path / _CHECKPOINTS_FOLDER
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             shutil.rmtree(checkpoints)
-        return described
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -58,6 +58,8 @@ def train(
     """
     options, validation = options or TrainingOptions(), validation or {}
     progress = progress or (lambda done, total, what: None)
+    if options.kind == "joint":
+        raise InputError("kind joint trains on whole trajectories, not on files of examples: use train_jointly")
     check_agent_names(list(agents))
     if unknown := [name for name in validation if name not in agents]:
         raise InputError(f"there are validation examples for {', '.join(unknown)}, who is not trained")
@@ -78,7 +80,7 @@ def train(
         model, dtype, weight_shardings(config, dtype, mesh),
         lambda done, total, _: progress(done, total, "reading the model"),
     )  # fmt: skip
-    folder.begin(settings | {"weights": _fingerprint(params)})
+    folder.begin(settings | {"weights": fingerprint(params)})
     programs = Programs(config, graphdef, params, options)
 
     def run(plan: AgentPlan, shared: Lora) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _plans(
     """All files are read before any is tokenised, so that a line that is wrong is told at once."""
     progress(0, 0, "reading the examples")
     examples, held_out = ({name: read_examples(path) for name, path in files.items()} for files in (agents, validation))
-    tokenizer = _tokenizer(model)
+    tokenizer = text_tokenizer(model)
     progress(0, 0, "tokenising the examples")
     return [
         AgentPlan.make(
@@ -155,14 +157,15 @@ def _plans(
     ]
 
 
-def _tokenizer(model: str | os.PathLike) -> Tokenizer:
+def text_tokenizer(model: str | os.PathLike) -> Tokenizer:
+    """The model's; `InputError` where there is none."""
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise InputError(f"{model} came without a tokenizer: the text of the examples cannot be read")
     return tokenizer
 
 
-def _fingerprint(params: Params) -> str:
+def fingerprint(params: Params) -> str:
     """Of some of every weight: enough to tell two models of one shape apart."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):

@@ -90,7 +90,7 @@ def tokenize_trajectories(
 
 
 def readers(writers: Sequence[int | None]) -> np.ndarray:
-    """i8 [T]: who runs each token, from who wrote it (None: nobody did).
+    """i16 [T]: who runs each token, from who wrote it (None: nobody did).
 
     Agents that share a cache run what nobody has run before them: an agent about to write first runs all that is new,
     and then its own output but for the last token, which it only draws. So a token is run by who writes the next one
@@ -100,7 +100,7 @@ def readers(writers: Sequence[int | None]) -> np.ndarray:
     for writer in reversed(writers):
         agents.append(writer_of_next)
         writer_of_next = writer_of_next if writer is None else writer
-    return np.asarray(agents[::-1], np.int8)
+    return np.asarray(agents[::-1], np.int16)
 
 
 def alone(sequence: TokenSequence, agent: int) -> TokenSequence | None:
@@ -114,7 +114,7 @@ def alone(sequence: TokenSequence, agent: int) -> TokenSequence | None:
     if not is_own.any():
         return None
     length = int(np.flatnonzero(is_own)[-1]) + 1
-    return TokenSequence(sequence.ids[:length], is_own[:length], np.full(length, agent, np.int8))
+    return TokenSequence(sequence.ids[:length], is_own[:length], np.broadcast_to(np.int16(agent), length))
 
 
 def _sequence(pieces: Sequence[Piece], ids: Sequence[Sequence[int]], agents: Sequence[str]) -> TokenSequence:

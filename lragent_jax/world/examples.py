@@ -102,14 +102,16 @@ def write_examples(
     mix: Mix = DEFAULT_MIX,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> SetSize:
-    """Writes plan.jsonl, action.jsonl and reflect.jsonl, lines of `input` and `output`, and questions.jsonl.
+    """Writes plan.jsonl, action.jsonl and reflect.jsonl, trajectories.jsonl, and questions.jsonl.
 
-    Lines of one trajectory follow one another, and where an agent speaks again its line's input begins with the one
-    before, input and output. Raises `InputError` for arguments that make no set and a folder that cannot be written.
+    The first three hold lines of `input` and `output`, for agents that are trained one by one; trajectories.jsonl the
+    same episodes as lines of `pieces`, for agents that are trained at once. In the first three, lines of one trajectory
+    follow one another, and where an agent speaks again its line's input begins with the one before, input and output.
+    Raises `InputError` for arguments that make no set and a folder that cannot be written.
     """
     if num_questions < 1:
         raise InputError(f"a set needs at least one question, not {num_questions}")
-    lines: dict[str, int] = dict.fromkeys((*ROLES, "questions"), 0)
+    lines: dict[str, int] = dict.fromkeys((*ROLES, "trajectories", "questions"), 0)
     num_tokens = 0
     with ExitStack() as stack:
         try:
@@ -122,7 +124,9 @@ def write_examples(
                 progress(question.number, num_questions, f"trajectories of {split}")
             pieces = trajectory(question, count_tokens, mix)
             num_tokens += count_tokens(text_of(pieces))
-            for name, line in (*_lines(pieces), ("questions", f"{json.dumps(dataclasses.asdict(question))}\n")):
+            whole = [{"text": piece.text, "agent": piece.role, "taught": piece.taught} for piece in pieces]
+            others = {"trajectories": {"pieces": whole}, "questions": dataclasses.asdict(question)}
+            for name, line in (*_lines(pieces), *((name, f"{json.dumps(one)}\n") for name, one in others.items())):
                 files[name].write(line)
                 lines[name] += 1
     if progress:

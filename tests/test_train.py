@@ -3,7 +3,7 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -34,17 +34,19 @@ class Killed(Exception):
     pass
 
 
+class KeptPrograms(Programs):
+    """Weights are arguments of programs: all trainings of one form can run the same ones."""
+
+    kept: ClassVar[dict[Any, dict]] = {}
+
+    def __init__(self, config, graphdef, params, options):
+        super().__init__(config, graphdef, params, options)
+        form = options.rank, options.targets, options.scale, options.max_grad_norm, options.weight_decay
+        self._compiled = self.kept.setdefault(form, {})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_form_are_compiled_once():
-    """Weights are arguments of theirs: all trainings here can run the same ones."""
-    kept: dict[Any, dict] = {}
-
-    class KeptPrograms(Programs):
-        def __init__(self, config, graphdef, params, options):
-            super().__init__(config, graphdef, params, options)
-            form = options.rank, options.targets, options.scale, options.max_grad_norm, options.weight_decay
-            self._compiled = kept.setdefault(form, {})
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "Programs", KeptPrograms)
         yield

@@ -17,7 +17,8 @@ from lragent_jax.models.llama import random_params
 from lragent_jax.training.agent_run import AgentPlan, AgentRun
 from lragent_jax.training.checkpoints import TrainingCheckpoints
 from lragent_jax.training.examples import TokenSequence
-from lragent_jax.training.lora import initial_lora, with_shared
+from lragent_jax.training.joint_run import JointPlan, JointRun
+from lragent_jax.training.lora import initial_lora, joined, with_shared
 from lragent_jax.training.loss_curve import read_losses
 from lragent_jax.training.mesh import current_mesh, num_data_parts, weight_shardings
 from lragent_jax.training.options import TrainingOptions
@@ -46,6 +47,18 @@ def train(name):
     losses = [line["loss"] for line in read_losses(tmp / name)]
     return np.array(losses), jax.tree.map(np.asarray, trained), programs
 
+def train_jointly(name):
+    both = dataclasses.replace(options, kind="joint", separate_share=0.25)
+    agents = np.arange(20, dtype=np.int16) // 4 % 2
+    whole = [dataclasses.replace(sequence, agents=agents) for sequence in sequences]
+    plan, mesh = JointPlan.of_trajectories(["plan", "action"], whole, whole[:8], both, 8), current_mesh()
+    placed = params if mesh is None else jax.device_put(params, weight_shardings(config, jnp.float32, mesh))
+    run = JointRun(Programs(config, graphdef, placed, both), plan, batch_shapes(plan.packed), both, losses=tmp / name,
+                   checkpoints=TrainingCheckpoints(tmp / f"{name}.states"), progress=lambda *_: None)
+    _, results = run.run_jointly(joined([initial_lora(config, both, agent) for agent in plan.agents]))
+    of_agents = [results[agent].validation_loss for agent in plan.agents]
+    return np.array([line["loss"] for line in read_losses(tmp / name) if "loss" in line] + of_agents)
+
 def mesh_of(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
@@ -61,6 +74,9 @@ for axes in ({"data": 8}, {"data": 2, "model": 4}):
         [compiled] = [compiled for key, compiled in programs._compiled.items() if key[0] == "step"]
         text = compiled.result().as_text()
         assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+want = train_jointly("joint, one")
+with jax.set_mesh(mesh_of(data=2, model=4)):
+    np.testing.assert_allclose(train_jointly("joint"), want, atol=2e-5)
 print("passed")
 """
 

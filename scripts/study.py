@@ -24,7 +24,7 @@ from typing import Any
 
 from lragent_jax import compilation_cache
 from lragent_jax.cli.console import labelled, progress_bar
-from lragent_jax.demo import find_model
+from lragent_jax.embedded import find_model
 from lragent_jax.models.errors import InputError, LRAgentError
 from lragent_jax.models.folder import read_config
 from lragent_jax.react import read_trajectories

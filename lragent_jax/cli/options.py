@@ -1,6 +1,6 @@
 """Options that several commands take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,15 @@ Model = Annotated[
 ]
 OptionalModel = Annotated[
     Path | None, typer.Option("--model", help="The model that the adapters belong to.", show_default=False)
+]
+EmbeddedModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="A Hugging Face folder, a GGUF file, or an Orbax checkpoint of ours; without it the embedded model and, "
+        "unless --adapter names others, its trained agents plan, action and reflect.",
+        show_default=False,
+    ),
 ]
 Adapters = Annotated[
     list[str],
@@ -42,6 +51,15 @@ def name_path_pairs(pairs: Sequence[str], option: str) -> dict[str, Path]:
 def role_agents(pairs: Sequence[str]) -> dict[str, str | None]:
     """`ROLE=AGENT` arguments by role; an empty agent is the base model."""
     return {role: agent or None for role, agent in _pairs(pairs, "--role", "ROLE=AGENT", empty_allowed=True).items()}
+
+
+def model_and_adapters(model: Path | None, adapters: Mapping[str, Path]) -> tuple[Path, dict[str, Path]]:
+    """What `EmbeddedModel` and `Adapters` came to. Agents of the embedded model belong to no other."""
+    if model is not None:
+        return model, dict(adapters)
+    from lragent_jax.embedded import adapter_folders, find_model
+
+    return find_model(), dict(adapters or adapter_folders())
 
 
 def sharing_modes(text: str) -> list[SharingMode]:

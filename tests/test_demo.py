@@ -26,6 +26,9 @@ QUESTIONS = list(make_questions("evaluation", 2, 5, 1))
 def short_outputs(monkeypatch):
     monkeypatch.setattr(compilation_cache, "enable", lambda: None)
     monkeypatch.setattr(episodes, "_MOST_TOKENS", {"thought": 3, "tool": 2, "argument": 3, "verdict": 2})
+    # So that all three have a turn, whatever it is that they write.
+    monkeypatch.setattr(episodes.transcript, "read_tool", lambda output: "Finish")
+    monkeypatch.setattr(episodes.transcript, "read_argument", lambda output: "nothing")
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_the_command_counts_and_shows(tmp_path, monkeypatch, watched):
     report = json.loads(last)
     assert list(report["modes"]) == list(DEMO_MODES)
     assert report["questions"] == 2
-    modes = {name: numbers for name, numbers in report["modes"].items()}
+    modes = report["modes"]
     assert [one["question"] for one in modes["none"]["episodes"]] == [question.text for question in QUESTIONS]
     assert modes["none"]["prefilled_tokens"] > 1.5 * modes["full"]["prefilled_tokens"]
     assert modes["base"]["prefilled_tokens"] > 1.5 * modes["base_lr"]["prefilled_tokens"]
@@ -69,11 +72,10 @@ def test_the_command_counts_and_shows(tmp_path, monkeypatch, watched):
     assert f"  Question: {QUESTIONS[0].text}" in "\n".join(shown)
 
 
-@pytest.mark.parametrize("role_groups", [(1, 1, 1), (1, 2, 3)], ids=["one A-group", "three"])
-def test_no_mode_compiles_while_it_is_timed(watched, role_groups):
-    engine = text_models.text_engine(text_models.adapters(role_groups), prefill_buckets=(512,), decode_block=2)
-    run_demo(engine, QUESTIONS[:1], ("pre_lr", "base_lr", "none"), max_steps=1)
-    assert watched == [0, 0, 0]
+def test_several_a_groups_compile_nothing_while_they_are_timed(watched):
+    engine = text_models.text_engine(text_models.adapters((1, 2, 3)), prefill_buckets=(512,), decode_block=2)
+    run_demo(engine, QUESTIONS[:1], ("pre_lr", "base_lr"), max_steps=1)
+    assert watched == [0, 0]
 
 
 def finished_episode(right: bool) -> Episode:

@@ -1,9 +1,10 @@
 """The tables of a study in Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lragent_jax.react import ROLES
+from lragent_jax.recording import OUTPUT_KINDS
 from lragent_jax.sharing import SHARING_MODES
 from lragent_jax.study.grid import Grid, Group
 from lragent_jax.study.results import Results
@@ -111,6 +112,27 @@ def _teacher_forced(results: Results, part: str, title: str, note: str) -> Itera
         yield f"### {kind}: {number} trajectories of up to {tokens:,} tokens"
         columns = ("sharing", "trajectories", "positions", "KL", "top-1 as `none`", "NLL", "prefilled")
         yield _table(columns, rows)
+        yield from _by_output_kind(of_mode)
+
+
+def _by_output_kind(of_mode: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[str]:
+    """Whose outputs move: top-1 agreement and KL by what is written, over the cells that have them apart."""
+    rows = []
+    for mode, cells in of_mode.items():
+        parts = [cell["by_kind"] for cell in cells if "by_kind" in cell]
+        if parts and mode != "none":
+            rows.append([f"`{mode}`", *(_moved([part[kind] for part in parts if kind in part]) for kind in OUTPUT_KINDS)])
+    if rows:
+        yield "Top-1 as `none`, and KL from it, by what is written: thoughts and tools are plan's, arguments action's."
+        yield _table(("sharing", *(f"{kind}s" for kind in OUTPUT_KINDS)), rows)
+
+
+def _moved(parts: Sequence[Mapping[str, float]]) -> str:
+    positions = sum(part["positions"] for part in parts)
+    if not positions:
+        return ""
+    top1, kl = (sum(part[name] * part["positions"] for part in parts) / positions for name in ("top1_agreement", "kl"))
+    return f"{100 * top1:.1f} %, {kl:.1e}"
 
 
 def _teacher_forced_row(cells: Sequence[dict[str, Any]]) -> list[str]:

@@ -45,9 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps({role: adapter.content_hash for role, adapter in written.items()}))
 
 
-def package(
-    run: Path, out: Path, config: LlamaConfig, base_model: str, commands: Sequence[str]
-) -> dict[str, Adapter]:
+def package(run: Path, out: Path, config: LlamaConfig, base_model: str, commands: Sequence[str]) -> dict[str, Adapter]:
     """Writes a folder for each agent, and the README; returns the adapters as they are read back.
 
     Raises `CheckpointError` and `AdapterError`, before anything is written, for what is missing or does not fit.

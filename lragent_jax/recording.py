@@ -7,7 +7,6 @@ from typing import Literal, get_args
 from lragent_jax.react import ReactTrajectory, Role
 from lragent_jax.tokenizer import Tokenizer
 
-
 OutputKind = Literal["thought", "tool", "argument", "verdict"]
 OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 

@@ -28,7 +28,8 @@ class ModeReport:
     `cache_bytes` is what the largest trajectory holds at its end, base and low-rank pages together. `tokens_per_s` is
     the speed of one greedy call of `DECODED_TOKENS` tokens at the end of the first trajectory, behind its first token.
     `top1_agreement`, `kl` (nats, reference against mode) and `nll` (nats, of the recorded tokens) are means over all
-    positions of the recorded outputs; `by_kind` has them for each kind of output. `tokens_per_s` is None where decoding was not measured.
+    positions of the recorded outputs; `by_kind` has them for each kind of output. `tokens_per_s` is None where
+    decoding was not measured.
     """
 
     prefilled_tokens: int

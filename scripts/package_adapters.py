@@ -1,10 +1,10 @@
-"""Puts trained agents into the package: the output of a training as bf16 PEFT folders, and a README that says all of it.
+"""Puts trained agents into the package: the output of a training as bf16 PEFT folders, and a README about them.
 
     python scripts/package_adapters.py RUN --made-by "lragent world …" --made-by "lragent train …"
 
 RUN is what `lragent train` or `scripts/train.py` wrote: plan, action and reflect as PEFT folders, each with its
-training.json. They replace `lragent_jax/data/adapters`. Rounded to bf16, adapters of one A-group still are one. The last
-line on standard output is JSON.
+training.json. They replace `lragent_jax/data/adapters`. Rounded to bf16, adapters of one A-group still are one. The
+last line on standard output is JSON.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def _readme(
         "# The embedded agents",
         "",
         f"LoRA adapters for {base_model}, as PEFT folders in bfloat16,",
-        f"{'one A-group' if groups == 1 else f'{groups} A-groups'}: plan writes thoughts and names tools, action writes "
-        "their arguments, reflect judges the answer, in",
+        f"{'one A-group' if groups == 1 else f'{groups} A-groups'}: plan writes thoughts and names tools, "
+        "action writes their arguments, reflect judges the answer, in",
         "episodes about the made-up world of `lragent world`. Licence: Apache-2.0, as the base model and the package.",
         "",
         *(["```", *commands, "```", ""] if commands else []),

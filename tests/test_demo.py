@@ -1,4 +1,4 @@
-"""The demo on a tiny model that gets nothing right: what is counted and shown, and that no time includes a compilation."""
+"""The demo on a tiny model that gets nothing right: what is counted and shown, and that no time has compiling in it."""
 
 import dataclasses
 import json

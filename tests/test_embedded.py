@@ -36,7 +36,8 @@ def test_three_agents_on_q_and_v_of_one_a_group(adapters):
 def test_small_and_in_bfloat16():
     for folder in embedded.adapter_folders().values():
         file = SafetensorsFile(folder / "adapter_model.safetensors")
-        assert {file.dtype(name).name for name in file.keys()} == {"bfloat16"}
+        names = file.keys()
+        assert {file.dtype(name).name for name in names} == {"bfloat16"}
         assert (folder / "adapter_model.safetensors").stat().st_size < 1_100_000
         assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == embedded.BASE_MODEL
 

@@ -62,8 +62,8 @@ def _head(results: Results) -> str:
         "freely, greedily, and tools answer. All modes get the same questions and the same paragraphs, and nothing but "
         "the cache is different; how the embedded agents (shared_a) were made stands in "
         "`lragent_jax/data/adapters/README.md`. The paper (arXiv 2602.01053) found `none` ≥ `base` ≈ `base_lr` > "
-        "`full` for adapters of an 8B model; what follows is what was found here. Intervals are 95 %: Wilson's for shares, Agresti and Min's for paired differences to "
-        "`none` on the same questions, in percentage points."
+        "`full` for adapters of an 8B model; what follows is what was found here. Intervals are 95 %: "
+        "Wilson's for shares, Agresti and Min's for paired differences to `none` on the same questions, in percentage points."
     )
 
 

@@ -63,7 +63,8 @@ def _head(results: Results) -> str:
         "the cache is different; how the embedded agents (shared_a) were made stands in "
         "`lragent_jax/data/adapters/README.md`. The paper (arXiv 2602.01053) found `none` ≥ `base` ≈ `base_lr` > "
         "`full` for adapters of an 8B model; what follows is what was found here. Intervals are 95 %: "
-        "Wilson's for shares, Agresti and Min's for paired differences to `none` on the same questions, in percentage points."
+        "Wilson's for shares, Agresti and Min's for paired differences to `none` on the same "
+        "questions, in percentage points."
     )
 
 

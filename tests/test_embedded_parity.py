@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.parity,
     # PEFT 0.21 asks transformers 5.23 for a property under its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # It asks the hub about the base that the adapters name, and does without an answer.
+    pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning"),
 ]
 
 

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # It asks the hub about the base that the adapters name, and does without an answer.
     pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 
 

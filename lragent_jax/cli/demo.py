@@ -28,9 +28,10 @@ def demo(
     from lragent_jax import compilation_cache
     from lragent_jax.cli.demo_table import print_episode, print_table
     from lragent_jax.demo import run_demo
-    from lragent_jax.embedded import embedded_engine
+    from lragent_jax.embedded import embedded_engine, find_model
     from lragent_jax.world.question import make_questions
 
+    find_model()  # without it nothing is said but how to get it
     compilation_cache.enable()
     if not json:
         print(_INTRODUCTION, flush=True)

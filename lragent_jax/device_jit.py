@@ -1,10 +1,14 @@
-"""`jax.jit` for loops over weights, with the compiler options that a kind of device needs for them."""
+"""`jax.jit` for the engine's programs: with the compiler options that a kind of device needs, on a mesh as on one."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from lragent_jax.models.tensor_parallel import WHOLE, is_sharded
 
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # Left alone, the compiler gives what a loop reads tiles of 16 x 128, where arguments have 8 x 128: a copy of all
@@ -15,7 +19,11 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 
 
 class DeviceJit:
-    """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for."""
+    """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for.
+
+    Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
+    is not compiled once more when it is given its own results, and no process is left out.
+    """
 
     def __init__(self, function: Callable, **jit_options):
         functools.update_wrapper(self, function)
@@ -28,10 +36,19 @@ class DeviceJit:
         return self._by_kind.get(device_kind(), self._by_kind[None])
 
     def __call__(self, *args, **kwargs) -> Any:
+        if is_sharded():
+            args, kwargs = jax.tree.map(functools.partial(_on_all_devices, jax.sharding.get_mesh()), (args, kwargs))
         return self._jitted()(*args, **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
         return self._jitted().lower(*args, **kwargs)
+
+
+def _on_all_devices(mesh: Mesh, leaf: Any) -> Any:
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    if not is_array or (isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(mesh, WHOLE))
 
 
 def device_kind() -> str:

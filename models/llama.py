@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.models import cache_view
@@ -23,6 +23,8 @@ from lragent_jax.models.packed_rows import PackedRows, attend_packed
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
 from lragent_jax.models.tensor_parallel import (
+    AXIS,
+    BY_COLUMN,
     BY_ROW,
     HEADS,
     LORA_A_BY_ROW,
@@ -274,10 +276,16 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*positions D"]) -> Float[Array, "*positions V"]:
-        """Scores over the vocabulary, f32."""
-        if self.unembed is None:
-            return jnp.einsum("...d,vd->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, self.unembed[...], preferred_element_type=jnp.float32)
+        """Scores over the vocabulary, f32; where weights are cut, each device has those of its part of it."""
+        tied = self.unembed is None
+        equation = "...d,vd->...v" if tied else "...d,dv->...v"
+
+        def scores(hidden, unembed):
+            return jnp.einsum(equation, hidden, unembed, preferred_element_type=jnp.float32)
+
+        by_vocabulary = PartitionSpec(*(None,) * (hidden.ndim - 1), AXIS)
+        weight, spec = (self.embed, BY_ROW) if tied else (self.unembed, BY_COLUMN)
+        return per_shard(scores, (WHOLE, spec), by_vocabulary)(hidden, weight[...])
 
 
 Params = nnx.State

@@ -22,6 +22,9 @@ HEADS = PartitionSpec(None, None, AXIS)
 POOL = PartitionSpec(None, AXIS)
 """Base pages [P, K, p, 2H]: cut by kv head."""
 
+BY_COLUMN = PartitionSpec(None, AXIS)
+"""[D, V] of the unembedding, where it is not tied: cut by columns."""
+
 LORA_A_BY_ROW = PartitionSpec(None, AXIS)
 """[g, in, r] of o and down: cut like the rows of their weights."""
 

@@ -49,9 +49,9 @@ class Devices:
         return jax.device_put(params, param_shardings(config, params, self.mesh))
 
 
-def choose_devices(count: int) -> list[jax.Device]:
+def choose_devices(count: int) -> list[Any]:
     """The first `count` devices, as many of every process: none may be left out. Raises `InputError`."""
-    of_process: dict[int, list[jax.Device]] = defaultdict(list)
+    of_process: dict[int, list[Any]] = defaultdict(list)
     for device in jax.devices():
         of_process[device.process_index].append(device)
     each, rest = divmod(count, len(of_process))

@@ -24,6 +24,10 @@ NEVER = 2**30
 """A write-from position beyond every context: the row writes nothing to that table."""
 
 
+_RESIDENT = ("graphdef", "params", "bank", "cache")
+"""What programs take that lies on the devices already."""
+
+
 @pytree
 class Cache:
     """Everything a pass reads and writes."""
@@ -77,7 +81,7 @@ def prefill(
     return logits, hidden, Cache(base=base, low_rank=low_rank)
 
 
-@functools.partial(DeviceJit, static_argnames=("graphdef",))
+@functools.partial(DeviceJit, resident=_RESIDENT, static_argnames=("graphdef",))
 def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits (f32) of hidden states that `prefill` returned."""
     with exact_matmuls(params):
@@ -99,6 +103,7 @@ def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Decode
 
 @functools.partial(
     DeviceJit,
+    resident=_RESIDENT,
     static_argnames=("graphdef", "block", "write_without_adapter", "implementation"),
     donate_argnames=("cache",),
 )
@@ -182,7 +187,7 @@ def _readers_and_writers(table: PageTable) -> PageTable:
     )
 
 
-@functools.partial(DeviceJit, donate_argnames=("pools",))
+@functools.partial(DeviceJit, resident=("pools",), donate_argnames=("pools",))
 def copy_pages(pools, sources: Int[Array, " n"], targets: Int[Array, " n"]):
     """Copies whole pages inside every pool of a tree; targets out of range are skipped (padding)."""
     return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), pools)

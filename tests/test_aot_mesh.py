@@ -15,7 +15,7 @@ pytestmark = pytest.mark.aot
 @pytest.mark.parametrize("implementation", ["pallas_mosaic_gpu", "pallas_triton", "xla"])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, implementation):
-    config = dataclasses.replace(LlamaConfig.preset("llama-3.1-8b"), num_layers=1)
+    config = dataclasses.replace(LlamaConfig.preset("llama-3.1-8b"), num_layers=1, vocab_size=16_384)
     tokens = 256 if program == "prefill" else 1
     workload = Workload(
         config, aot.h100(2, "model"), rank=8, tokens=tokens, page_size=64, pages=1000, width=512,

@@ -60,15 +60,16 @@ def test_a_trace_and_a_batch(run, tmp_path):
 
 
 def test_what_agents_and_trajectories_cost(run):
-    found, _ = run("--memory", "--agents", "1,2", "--preset", "llama-3.1-8b", "--dtype", "bfloat16")
+    found, _ = run("--memory", "--agents", "1,3", "--preset", "llama-3.1-8b", "--dtype", "bfloat16")
     memory = found["memory"]
     base, low_rank = 64 * 2 * 8 * 128 * 2, 64 * 8 * 2  # 64 tokens of one layer
+    assert memory["tokens"] == 64
     assert memory["cache_bytes"] == {
-        "none": {"1": base, "2": 2 * base},
-        "full": {"1": base, "2": base},
-        "base": {"1": base + low_rank, "2": base + 2 * low_rank},
-        "base_lr": {"1": base + low_rank, "2": base + low_rank},
-        "pre_lr": {"1": base + low_rank, "2": base + 2 * low_rank},
+        "none": {"1": base, "3": 3 * base},
+        "full": {"1": base, "3": base},
+        "base": {"1": base + low_rank, "3": base + 3 * low_rank},
+        "base_lr": {"1": base + low_rank, "3": base + low_rank},
+        "pre_lr": {"1": base + low_rank, "3": base + 3 * low_rank},
     }
     opened = memory["opened"]
     assert opened["tried"] == {mode: opened["counted"][mode] for mode in ("none", "base_lr")}

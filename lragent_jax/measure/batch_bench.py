@@ -1,5 +1,6 @@
 """Many trajectories that begin alike, decoded together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lragent_jax.measure.bench_model import BenchModel
@@ -7,6 +8,8 @@ from lragent_jax.measure.bench_setting import BenchSetting, say
 from lragent_jax.measure.page_budget import num_fitting
 from lragent_jax.measure.trace_bench import missing_bytes, profiled
 from lragent_jax.measure.trace_run import decode_step, exactly, random_ids, wall_seconds
+from lragent_jax.models.adapter import Adapter
+from lragent_jax.models.config import LlamaConfig
 
 
 def batch_context(setting: BenchSetting, context: int) -> int:
@@ -48,30 +51,30 @@ def measure_batch(model: BenchModel, setting: BenchSetting, rows: int, prefix: i
     one = decode_step(engine, trajectories[:1], agents[:1], setting.steps, setting.repeats)
     say(f"{rows} rows: {together['ms']:.2f} ms per step, one: {one['ms']:.2f} ms; "
         f"contexts read in {reading_s:.1f} s, compilation included")  # fmt: skip
+    cache_bytes = _left_for_caches(model, setting, context)
     result = {
         "rows": rows, "prefix": prefix, "context": together["context"], "ms": together["ms"],
         "floor_ms": setting.step_floor_ms(model.weight_bytes, distinct), "one_ms": one["ms"],
         "one_floor_ms": setting.step_floor_ms(model.weight_bytes, one["context"]), "reading_s": reading_s,
-        "fitting": fitting(model, setting, prefix, context),
+        "cache_bytes": cache_bytes,
+        "fitting": fitting(model.config, list(model.adapters.values()), setting, prefix, context, cache_bytes),
     }  # fmt: skip
     return result | ({"profile": {f"{rows} rows on {context:,} tokens": profile}} if profile else {})
 
 
 def fitting(
-    model: BenchModel, setting: BenchSetting, prefix: int, context: int, cache_bytes: int | None = None
-) -> dict[str, int]:  # fmt: skip
-    """Trajectories that fit in each mode into `cache_bytes`, or what weights and activations leave of the device.
-
-    Where nobody knows what it holds: of 80 GB.
-    """
-    if cache_bytes is None:
-        beside = model.weight_bytes + setting.budget.activation_bytes(context)
-        cache_bytes = (setting.device_bytes or 80 * 10**9) - beside
-    counts = {
+    config: LlamaConfig, adapters: Sequence[Adapter], setting: BenchSetting, prefix: int, context: int, cache_bytes: int
+) -> dict[str, int]:
+    """Trajectories that fit into the bytes in each mode when the agents of these adapters all read them."""
+    return {
         mode: num_fitting(
-            model.config, list(model.adapters.values()), mode, cache_bytes=cache_bytes, itemsize=setting.itemsize,
-            page_size=setting.page_size, prefix=prefix, context=context,
+            config, adapters, mode, cache_bytes=cache_bytes, itemsize=setting.itemsize, page_size=setting.page_size,
+            prefix=prefix, context=context,
         )
         for mode in ("none", "base_lr")
     }  # fmt: skip
-    return counts | {"cache_bytes": cache_bytes}
+
+
+def _left_for_caches(model: BenchModel, setting: BenchSetting, chunk: int) -> int:
+    """Bytes that weights and activations leave of the device; of 80 GB where nobody knows what it holds."""
+    return (setting.device_bytes or 80 * 10**9) - model.weight_bytes - setting.budget.activation_bytes(chunk)

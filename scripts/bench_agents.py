@@ -22,6 +22,7 @@ line of JSON.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -130,6 +131,19 @@ def trace_table(trace: Results) -> Table:
     return table
 
 
+def step_table(steps: Results) -> Table:
+    """Decode steps by name: what they are steps of, in how many ms."""
+    table = Table(title="decode steps, without a look of the host")
+    for column in ("of", "rows", "mean context", "ms", "floor", "x floor"):
+        table.add_column(column, justify="right")
+    for name, step in steps.items():
+        table.add_row(
+            name, str(step["rows"]), f"{step['context']:,.0f}", f"{step['ms']:.3f}", f"{step['floor_ms']:.3f}",
+            f"{step['ms'] / step['floor_ms']:.3f}",
+        )  # fmt: skip
+    return table
+
+
 def memory_table(memory: Results) -> Table:
     counts = list(memory["cache_bytes"]["none"])
     table = Table(title=f"cache bytes of one layer, {memory['tokens']:,} tokens, by number of agents")
@@ -154,16 +168,21 @@ def show(found: Results, together: Results) -> None:
     console = Console(width=120)
     for trace in found.get("trace", {}).values():
         console.print(trace_table(trace))
+        if "decode_steps" in trace:
+            console.print(step_table(trace["decode_steps"]))
+    if "ms" in found.get("batch", {}):
+        console.print(step_table({"the batch": found["batch"]}))
     if "memory" in found:
         console.print(memory_table(found["memory"]))
     console.print(target_table(together))
 
 
 def chosen_modes(text: str) -> list[SharingMode]:
-    modes = [mode for mode in SHARING_MODES if mode in text.split(",")]
-    if len(modes) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"modes are some of {','.join(SHARING_MODES)}, not {text}")
-    return modes
+    """In the order of `SHARING_MODES`, so that those that share programs follow each other."""
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(SHARING_MODES)):
+        raise argparse.ArgumentTypeError(f"no mode is called {unknown[0]}; there are: {', '.join(SHARING_MODES)}")
+    return [mode for mode in SHARING_MODES if mode in names]
 
 
 def integers(text: str) -> list[int]:
@@ -203,6 +222,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.plot and not arguments.out:
         parser.error("--plot draws what --out holds: name the file")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is not installed")
     return arguments
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -329,13 +328,14 @@ def whole_pass(setting: Pass) -> Callable[[], jax.Array]:
     return run
 
 
-def kernel_seconds(run: Callable[[], jax.Array]) -> Counter[str]:
-    """Seconds of every kind of kernel in one `run`, as the profiler saw them; nothing where it sees no device."""
+def kernel_seconds(run: Callable[[], jax.Array]) -> list[tuple[str, float]]:
+    """Seconds of the kinds of kernels that took longest in one `run`, as the profiler saw them; none on a CPU."""
     jax.block_until_ready(run())
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     for kernel in traced_kernels(run):
-        seconds[re.sub(r"[._]?\d+$", "", kernel.name)[:60]] += (kernel.stop - kernel.start) * 1e-9
-    return seconds
+        name = re.sub(r"[._]?\d+$", "", kernel.name)[:60]
+        seconds[name] = seconds.get(name, 0.0) + (kernel.stop - kernel.start) * 1e-9
+    return sorted(seconds.items(), key=lambda item: -item[1])[:12]
 
 
 # What is shown.
@@ -356,7 +356,7 @@ def measure(setting: Pass, speed: DeviceSpeed, chain_s: float, trace: bool) -> d
     del random, of_layer, others, operations
     run = whole_pass(setting)
     whole = median_seconds(run, runs=1 if setting.T > 1 else 5)
-    kernels = kernel_seconds(run).most_common(12) if trace else []
+    kernels = kernel_seconds(run) if trace else []
     return {
         "B": setting.B, "T": setting.T, "S": setting.S, "operations": rows, "other_ways": other_ways,
         "sum_ms": round(sum(row["ms_per_pass"] for row in rows), 3), "whole_ms": round(whole * 1e3, 3),

@@ -6,6 +6,7 @@ import pytest
 from lragent_jax.measure.bench_model import BenchModel, narrow
 from lragent_jax.measure.page_budget import PageBudget, num_fitting, pool_options, step_weight_bytes
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.sharing import SharingMode
 
 CONFIG = narrow(LlamaConfig.preset("llama-3.1-8b"))
 MODES = ("none", "full", "base", "base_lr", "pre_lr", "rebase")
@@ -45,7 +46,7 @@ def test_a_step_reads_all_weights_but_the_embedding():
 
 
 def test_what_fits_is_three_times_as_much_when_three_agents_share(model):
-    def fit(mode: str, cache_bytes: int) -> int:
+    def fit(mode: SharingMode, cache_bytes: int) -> int:
         return num_fitting(
             CONFIG, list(model.adapters.values()), mode, cache_bytes=cache_bytes, itemsize=2, page_size=64,
             prefix=2048, context=4096,

@@ -18,7 +18,7 @@ def trace(total: int = 33_680, **modes: dict) -> dict:
     return {"total_tokens": total, "modes": modes}
 
 
-def reached(results: dict) -> dict[str, tuple[float, bool]]:
+def reached(results: dict) -> dict:
     return {row.what: (pytest.approx(row.reached), row.met) for row in targets(results)}
 
 
@@ -47,8 +47,8 @@ def test_beyond_33_680_tokens_low_rank_values_may_cost_more():
 
 def test_a_mode_that_did_not_fit_is_compared_with_nothing():
     out = {"bytes_needed": 2, "bytes_limit": 1}
-    assert list(reached({"trace": {"32768": trace(131_984, base_lr=mode(1.0), none=out)}})) == [
-        "TTFT of base_lr at 131,984 tokens: x floor"
+    assert list(reached({"trace": {"8192": trace(base_lr=mode(1.0), none=out, full=out)}})) == [
+        "TTFT of base_lr at 33,680 tokens: x floor"
     ]
 
 
@@ -110,3 +110,18 @@ def test_runs_meet_in_one_file(tmp_path):
     assert list(together["trace"].items()) == [("512", {"n": 1}), ("1024", {"n": 2}), ("8192", {"n": 2})]
     assert (together["batch"], together["peers"]) == ({"n": 1}, {"n": 2})
     assert together["profile"] == {"a": {"n": 1}, "b": {"n": 2}}
+
+
+def test_figures_are_drawn_of_whatever_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lragent_jax.measure.bench_plots import write_plots
+
+    assert write_plots({}, tmp_path) == []
+    results = {
+        "trace": {"8192": trace(none={"bytes_needed": 2, "bytes_limit": 1}, base_lr=mode(1.2), full=mode(1.1))},
+        "profile": {"a": {"absent": "no device"},
+                    "b": {"between_steps": 0.02, "idle": 0.1, "kernels": [[-1.0, 1.0, "k"], [2.0, 1.0, "k"]]}},
+    }  # fmt: skip
+    names = [path.name for path in write_plots(results, tmp_path)]
+    assert names == ["agents-ttft.png", "agents-throughput.png", "agents-timeline-1.png", "agents-targets.png"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)

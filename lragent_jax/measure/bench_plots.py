@@ -40,7 +40,7 @@ def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callabl
         ("decode", "decode_ms_per_token", "decode_floor_ms", "ms per token decoded"),
     )
     for name, figure, floor, label in figures:
-        if traces:
+        if any(figure in of_mode for trace in traces for of_mode in trace["modes"].values()):
             yield name, (6.4, 4.0), lambda axes, of=(figure, floor, label): _by_length(axes, traces, *of)
     if bytes_by_mode := results.get("memory", {}).get("cache_bytes"):
         yield "memory", (6.4, 4.0), lambda axes: _by_agents(axes, bytes_by_mode)
@@ -65,9 +65,10 @@ def _by_length(axes, traces: list[Results], figure: str, floor: str, label: str)
         if floors:
             axes.plot(*zip(*floors, strict=True), ":", color=colour, linewidth=1.0, label=f"{mode}: floor")
     axes.set(xscale="log", yscale="log", xlabel="tokens of the trace", ylabel=label)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _by_agents(axes, bytes_by_mode: Results) -> None:
@@ -99,4 +100,4 @@ def _targets(axes, rows: list) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="met from 1 on")
+    axes.set(xlabel="met from 1 on", xlim=(0, 2))

@@ -46,7 +46,7 @@ def mean_context(calls: list[Call], mode: str) -> float:
     return sum((stop - start) * (start + stop + 1) / 2 for start, stop in found) / sum(b - a for a, b in found)
 
 
-def trace_buckets(chunk: int) -> tuple[int, ...]:
+def trace_buckets(chunk: int) -> list[int]:
     """Chunk lengths for which all modes run the trace in few programs with little padding.
 
     The largest takes a turn's tokens in equal parts of about 4096, together with what an agent has to catch up on.
@@ -55,4 +55,4 @@ def trace_buckets(chunk: int) -> tuple[int, ...]:
     parts = max(1, round(turn / _CHUNK))
     multiple = 64 if turn > 1024 else 16
     largest = -(-turn // (parts * multiple)) * multiple
-    return tuple(sorted({*_SMALL_BUCKETS, largest}))
+    return sorted({*_SMALL_BUCKETS, largest})

@@ -42,7 +42,7 @@ def measure_trace(
     """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself."""
     calls = react_trace(chunk)
     total = num_tokens(calls)
-    buckets = tuple(buckets or trace_buckets(chunk))
+    buckets = sorted(buckets or trace_buckets(chunk))
     context_length = total + spare_tokens(setting)  # of the longest trace it exceeds the preset's
     num_pages = setting.budget.pages(context_length) + 1
     together = pool_options(modes, len(model.agents), num_pages)

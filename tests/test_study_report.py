@@ -108,7 +108,9 @@ def test_groups_pair_the_same_questions(results):
     assert none is not None
     assert full is not None
     assert none.number == 12
-    assert none.accuracy().value == 9 / 12
+    accuracy = none.accuracy()
+    assert accuracy is not None
+    assert accuracy.value == 9 / 12
     difference = full.difference(none)
     assert difference is not None
     assert difference.value == -3 / 12
@@ -128,6 +130,7 @@ def test_groups_pair_the_same_questions(results):
     long = grid.group("shared_a", "none", 4000)
     assert long is not None
     assert long.of_hops(2) is None
+    assert long.accuracy() is None, "of one hop alone"
 
 
 def test_the_page_has_every_table_and_its_means_are_weighted(results):

@@ -147,6 +147,8 @@ class _Plan:
         self._add_tree(tree)
         for holder in holders:
             self._add_holder(holder)
+        for page in self._pages.values():
+            page.is_pinned |= any(beside.is_pinned for place, _ in page.shares for beside in place.beside(page.key))
         self._left = {page: pool.num_references(number) for (pool, number), page in self._pages.items()}
 
     def take(self, pool: PagePool, count: int) -> None:
@@ -191,10 +193,7 @@ class _Plan:
             return False
         if self._left[page] - len(page.shares) != self._writers.get(page.of, 0):
             return False
-        return all(
-            place.is_leaf(page.key) and not any(beside.is_pinned for beside in place.beside(page.key))
-            for place, _ in page.shares
-        )
+        return all(place.is_leaf(page.key) for place, _ in page.shares)
 
     def _remove(self, page: _Page) -> None:
         for place, victim in list(page.shares):

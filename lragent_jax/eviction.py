@@ -67,19 +67,24 @@ def choose_victims(
     cost: Callable[[int], float],
     holders: Iterable[Holder] = (),
     use: Callable[[PageKey], float] = lambda key: 1.0,
+    rule: Callable[[float, int, float, float], float] = worth,
 ) -> tuple[list[Victim], dict[PoolName, int]]:
     """What `evict` has to take, in this order, and how many pages come free by it, at least.
 
     `needs`: each pool that is short of pages, and by how many; where even everything would not be enough, fewer come
     free. `writers`: how many runs are about to write to a page. A page frees one if nobody else holds it, and saves
     its copy if all others are about to write to it. `cost`: to compute page i of a context again, in any unit. `use`:
-    how likely the next calls are to read a key.
+    how likely the next calls are to read a key. `rule`: of cost, visits, seconds since the last use and use, what a
+    page is worth.
 
     Leaves go first, the least worth of them before the others: a trajectory's end before its beginning. A page goes
     from all who hold it at once, and not at all while a running call holds it or somebody holds it who could not have
     it written again. A base page takes along what is read beside it.
     """
-    plan = _Plan(tree, holders, writers, lambda page: _worth(page, cost, use, tree.clock()))
+    now = tree.clock()
+    plan = _Plan(
+        tree, holders, writers, lambda page: rule(cost(page.index), page.visits, now - page.last_used, use(page.key))
+    )
     for pool, count in needs.values():
         plan.take(pool, count)
     return plan.victims, {name: plan.freed[pool] for name, (pool, _) in needs.items()}
@@ -215,7 +220,3 @@ def _place(before: _Place | None, is_node: bool) -> _Place:
     if before is not None:
         before.behind.append(place)
     return place
-
-
-def _worth(page: _Page, cost: Callable[[int], float], use: Callable[[PageKey], float], now: float) -> float:
-    return worth(cost(page.index), page.visits, now - page.last_used, use(page.key))

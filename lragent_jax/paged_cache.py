@@ -25,6 +25,9 @@ from lragent_jax.sharing import PageKey, PoolName
 
 _COPIES_PER_CALL = 8
 
+_PAGES_PER_SPARE = 64
+"""When pages have to go, one more goes for so many in the pool."""
+
 _SIZE_OPTIONS: dict[PoolName, str] = {
     "base": "num_pages",
     "recomputed": "num_recomputed_pages",
@@ -173,8 +176,9 @@ class PagedCache:
     def _evict(self, writers: Mapping[tuple[PagePool, int], int]) -> None:
         """Makes room for what is going to be written, or raises `OutOfPagesError` and changes nothing."""
         needed: dict[PoolName, int] = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+        # A few more than that where the pool is large: looking through all of it for every page would take too long.
         needs: dict[PoolName, tuple[PagePool, int]] = {
-            name: (pool, needed[name] - pool.num_free)
+            name: (pool, needed[name] - pool.num_free + pool.num_pages // _PAGES_PER_SPARE)
             for name, pool in self.pools.items()
             if needed[name] > pool.num_free
         }
@@ -185,8 +189,8 @@ class PagedCache:
             self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index),
             holders=self.holders, use=lambda key: 1.0 if key in reading else self.use.expected(key),
         )  # fmt: skip
-        for name, (pool, num_missing) in needs.items():
-            if num_freed[name] < num_missing:
+        for name, (pool, _) in needs.items():
+            if pool.num_free + num_freed[name] < needed[name]:
                 raise OutOfPagesError(
                     f"this call needs {needed[name]} more {name} pages of {self.page_size} tokens, "
                     f"{pool.num_free + num_freed[name]} of {pool.num_pages} are free: close trajectories, lower "

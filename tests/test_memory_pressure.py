@@ -29,7 +29,7 @@ def leave_free(engine: Engine, num_pages: int) -> int:
 
 
 def toured(engine: Engine) -> Trajectory:
-    """A context of 60 tokens on eight pages: plan ran those to 41, reflect to 52, the base model to 56, action to 59."""
+    """60 tokens on eight pages: plan ran those to 41, reflect to 52, the base model to 56, action to 59."""
     trajectory = engine.trajectory().append(QUESTION)
     for agent, ids in TOUR:
         engine.score(trajectory, ids, agent)

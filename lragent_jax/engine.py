@@ -503,5 +503,5 @@ def _dtype(name: str):
 
 
 def _table_widths(widest: int) -> tuple[int, ...]:
-    """A few widths up to the whole context: tables are small, programs are not."""
-    return (*(width for width in (512, 4096) if width < widest), widest)
+    """A few widths up to the whole context, far apart: tables are small, programs are not."""
+    return (*(width for width in (512, 4096) if 4 * width <= widest), widest)

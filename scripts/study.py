@@ -7,7 +7,8 @@
 Every FOLDER holds the adapters plan, action and reflect. Regime: greedy, static batches of episodes that the agents run
 freely, tools answering; KL, top-1 agreement and likelihood are teacher-forced, one trajectory at a time. Everything
 that is finished is in RESULTS.json, and the same command goes on from there. `--report` writes tables and plots from
-that file alone. The last line on standard output is JSON.
+that file alone. Several devices share a study by measuring different `--modes`, `--kinds` or `--parts`, each into a
+file of its own, which `--merge FILE …` then puts together in RESULTS.json. The last line on standard output is JSON.
 
 Recorded trajectories, in the form of `lragent replay`, are trained on and measured on in two steps:
 
@@ -43,7 +44,9 @@ from lragent_jax.tokenizer import load_tokenizer
 def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.report:
+        if arguments.merge:
+            outcome = _merge(arguments)
+        elif arguments.report:
             outcome = {"written": [str(path) for path in write_report(Results(arguments.out), arguments.docs)]}
         elif arguments.write_recorded:
             outcome = _write_recorded(arguments)
@@ -92,6 +95,15 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         finished = study.run(parts)
     return {"finished": finished, "cells": {part: len(cells) for part, cells in results.data["cells"].items()}}
+
+
+def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    results = Results(arguments.out, fresh=arguments.fresh)
+    for other in arguments.merge:
+        if not other.is_file():
+            raise InputError(f"there is no file {other} to merge")
+        results.merge(Results(other))
+    return {"cells": {part: len(cells) for part, cells in results.data["cells"].items()}}
 
 
 def _write_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefill-buckets", help="chunk lengths (64,256,1024; 16,64,256 on a CPU)")
     parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12)")
     parser.add_argument("--implementation", help="of lora_attention")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the cells of these results")
     parser.add_argument("--report", action="store_true", help="write tables and plots from the results")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes")
     parser.add_argument("--write-recorded", type=Path, metavar="FILE", help="write examples to train on")

@@ -103,7 +103,7 @@ def test_the_mix_draws_every_length_and_every_mistake():
     for band in DEFAULT_MIX.lengths:
         share = sum(band.low <= length <= band.high for length, _ in drawn) / 1500
         assert abs(share - band.share) < 0.03
-    assert 800 < sum(length for length, _ in drawn) / 1500 < 1000
+    assert 1100 < sum(length for length, _ in drawn) / 1500 < 1300
     assert sum(band.share for band in DEFAULT_MIX.lengths) == pytest.approx(1)
     only = Mix(lengths=(LengthBand(2, 5, 5), LengthBand(0, 9, 9)), mistakes_share=0)
     assert {only.draw(question) for question in make_questions("train", 50, 0)} == {(5, None)}

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     rows = compare(args)
     table = Table(title=f"{args.sharing}, {args.requests} requests, {args.rate:g} per second, skew {args.skew:g}")
-    for title in ("pool", "base pages", "rule", "hit rate", "PFLOP again", "seconds", "choosing"):
+    for title in ("pool", "pages", "rule", "hits", "PFLOP", "seconds", "choosing"):
         table.add_column(title, justify="left" if title == "rule" else "right", no_wrap=True)
     for row in rows:
         table.add_row(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lragent_jax.adapter_use import AdapterUse
 from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
@@ -16,7 +16,6 @@ from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import OutOfPagesError
-from lragent_jax.models.sharding import current_mesh
 from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
@@ -85,11 +84,16 @@ class Claim:
 class PagedCache:
     """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
 
-    `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
-    cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
-    arrays holds `lock`.
+        `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
+    <<<<<<< HEAD
+        cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
+        arrays holds `lock`.
 
-    `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
+        `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
+    =======
+        cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
+        heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
+    >>>>>>> main
     """
 
     def __init__(
@@ -103,10 +107,11 @@ class PagedCache:
         low_rank_ranks: Mapping[str, int],
         recomputed_layers: Sequence[int] = (),
         num_recomputed_pages: int = 0,
+        mesh: Mesh | None = None,
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock = threading.RLock()
+        self.lock, self._mesh = threading.RLock(), mesh
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools: dict[PoolName, PagePool] = {
             "base": PagePool(num_pages),
@@ -267,14 +272,19 @@ class PagedCache:
         for layer in range(config.num_layers):
             pool = self.pools["recomputed" if layer in self.recomputed_layers else "base"]
             shape = (pool.num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
-            pools += _pools(1, shape, self.dtype, POOL)
+            pools += self._zeros(1, shape, POOL)
         return tuple(pools)
 
     def _low_rank_pools(self, rank: int | None, num_pages: int):
         if rank is None:
             return None
         shape = (num_pages, rank, self.page_size)
-        return _pools(self.config.num_layers, shape, self.dtype, WHOLE)
+        return self._zeros(self.config.num_layers, shape, WHOLE)
+
+    def _zeros(self, num_layers: int, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[jax.Array, ...]:
+        """One pool per layer, each device with its part of it."""
+        place = None if self._mesh is None else NamedSharding(self._mesh, spec)
+        return tuple(jnp.zeros(shape, self.dtype, device=place) for _ in range(num_layers))
 
     def _copy(self, name: PoolName, copies: Sequence[PageCopy]) -> None:
         """Copies pages in all layers of one pool."""
@@ -294,13 +304,6 @@ class PagedCache:
             for i, pool in zip(layers, copied.kv, strict=True):
                 kv[i] = pool
             self.arrays = dataclasses.replace(self.arrays, base=BaseCache(tuple(kv)))
-
-
-def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> tuple[jax.Array, ...]:
-    """One array of zeros per layer, placed where the current mesh, if any, wants them."""
-    mesh = current_mesh()
-    place = None if mesh is None else NamedSharding(mesh, spec)
-    return tuple(jnp.zeros(shape, dtype, device=place) for _ in range(num_layers))
 
 
 def _writers(claims: Iterable[Claim]) -> collections.Counter[tuple[PagePool, int]]:

@@ -45,6 +45,7 @@ def generate(
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
+    tensor_parallel: options.TensorParallel = 1,
     json: options.Json = False,
 ) -> None:
     """Generate with one agent. The text comes from --prompt, --file or standard input."""
@@ -68,7 +69,7 @@ def generate(
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
             model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
-            progress=labelled(progress, "reading the model"),
+            tensor_parallel=tensor_parallel, progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         if chat and isinstance(context, str):
             context = _in_chat_template(engine, context)

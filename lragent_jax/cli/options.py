@@ -23,6 +23,9 @@ NumPages = Annotated[
     int | None, typer.Option(help="Pages of the base cache; by default as many as the run needs.", show_default=False)
 ]
 PageSize = Annotated[int | None, typer.Option(help="Tokens per page (default 64, on TPU 128).", show_default=False)]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, metavar="N", help="Cut weights and kv heads for so many devices.")
+]
 RecomputeLayers = Annotated[
     str | None,
     typer.Option(

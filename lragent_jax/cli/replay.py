@@ -32,6 +32,7 @@ def replay(
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
+    tensor_parallel: options.TensorParallel = 1,
     json: options.Json = False,
 ) -> None:
     """Replay recorded trajectories under every sharing mode, and compare what it costs and changes."""
@@ -50,7 +51,7 @@ def replay(
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
             model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
-            progress=labelled(progress, "reading the model"),
+            tensor_parallel=tensor_parallel, progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         report = run(
             engine, trajectories, sharing_modes,

@@ -215,10 +215,8 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
 
-        What it wrote into pages that others read stays, as long as its trajectory is open: without the adapter it could
-        not be rebuilt, and no call may evict it. What had been evicted before is run by whoever reads it next.
-
-        Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
+        What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
+        changes nothing, while one is being extended.
         """
         with self._exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
@@ -227,13 +225,10 @@ class Engine:
             content = self._registry.find(name).keys.content
             self._registry.remove(name)
             in_use = self._keys_in_use()
-            for trajectory in self._trajectories:
-                trajectory.drop(lambda key: key in in_use)
-            self._cache.prefixes.drop(lambda key: key in in_use)
-            if content is not None and self._registry.find_content(content) is None:
-                for trajectory in self._trajectories:
-                    trajectory.writer_unloaded(content)
-                self._cache.prefixes.writer_unloaded(content)
+            for holder in (*self._trajectories, self._cache.prefixes):
+                holder.drop(lambda key: key in in_use)
+                if content is not None and self._registry.find_content(content) is None:
+                    holder.writer_unloaded(content)
 
     # Calls.
 
@@ -334,9 +329,8 @@ class Engine:
         while self._unfinished:
             self._unfinished.popleft()()
         self._trajectories.release_abandoned()
-        if self._cache.recover():  # token ids and writers survive: it is rebuilt as it was when it is read next
-            for trajectory in self._trajectories:
-                trajectory.pages_lost()
+        for trajectory in self._trajectories if self._cache.recover() else ():
+            trajectory.pages_lost()  # ids and writers survive: it is rebuilt as it was when it is read next
 
     def _encode(self, text: str, first: bool) -> list[int]:
         if self.tokenizer is None:

@@ -84,16 +84,11 @@ class Claim:
 class PagedCache:
     """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
 
-        `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
-    <<<<<<< HEAD
-        cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
-        arrays holds `lock`.
+    `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
+    cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
+    heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
 
-        `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
-    =======
-        cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
-        heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
-    >>>>>>> main
+    `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
     """
 
     def __init__(

@@ -91,6 +91,7 @@ class Engine:
             prefix_cache=self.options.prefix_cache,
         )
         self._trajectories = LiveTrajectories()
+        self._cache.holders = self._trajectories
         self._caller: int | None = None  # the thread that is in `_exclusive`
         self._unfinished: collections.deque[Callable[[], None]] = collections.deque()
 
@@ -214,17 +215,20 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
 
-        Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
+        What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
+        changes nothing, while one is being extended.
         """
         with self._exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
                 with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
                     held.enter_context(trajectory.extending())
+            content = self._registry.find(name).keys.content
             self._registry.remove(name)
             in_use = self._keys_in_use()
-            for trajectory in self._trajectories:
-                trajectory.drop(lambda key: key in in_use)
-            self._cache.prefixes.drop(lambda key: key in in_use)
+            for holder in (*self._trajectories, self._cache.prefixes):
+                holder.drop(lambda key: key in in_use)
+                if content is not None and self._registry.find_content(content) is None:
+                    holder.writer_unloaded(content)
 
     # Calls.
 
@@ -325,9 +329,8 @@ class Engine:
         while self._unfinished:
             self._unfinished.popleft()()
         self._trajectories.release_abandoned()
-        if self._cache.recover():  # token ids survive: whoever reads a trajectory next runs it again
-            for trajectory in self._trajectories:
-                trajectory.drop(lambda key: False)
+        for trajectory in self._trajectories if self._cache.recover() else ():
+            trajectory.pages_lost()  # ids and writers survive: it is rebuilt as it was when it is read next
 
     def _encode(self, text: str, first: bool) -> list[int]:
         if self.tokenizer is None:

@@ -17,10 +17,15 @@ from lragent_jax.models.adapter_bank import AdapterBank
 from lragent_jax.models.cache_view import BaseCache, HostOrDevice, LowRankCache, PageTable
 from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
+from lragent_jax.models.tensor_parallel import whole
 from lragent_jax.sampling import SamplingArrays, is_stop, sample
 
 NEVER = 2**30
 """A write-from position beyond every context: the row writes nothing to that table."""
+
+
+_RESIDENT = ("graphdef", "params", "bank", "cache")
+"""What programs take that lies on the devices already."""
 
 
 @pytree
@@ -47,7 +52,7 @@ def exact_matmuls(params: Params):
     return contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
+@functools.partial(DeviceJit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
 def prefill(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -72,31 +77,33 @@ def prefill(
             write_base=write_base, implementation=implementation,
         )  # fmt: skip
         last = jnp.clip(table.kv_lens - table.q_starts - 1, 0, tokens.shape[1] - 1)
-        logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        logits = whole(model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]))
     return logits, hidden, Cache(base=base, low_rank=low_rank)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@functools.partial(DeviceJit, resident=_RESIDENT, static_argnames=("graphdef",))
 def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits (f32) of hidden states that `prefill` returned."""
     with exact_matmuls(params):
-        return nnx.merge(graphdef, params).logits(hidden)
+        return whole(nnx.merge(graphdef, params).logits(hidden))
 
 
-@jax.jit
+@DeviceJit
 def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> DecodeState:
     """Samples what follows a prefill. Rows that may generate nothing are finished from the start."""
     index = jnp.zeros(logits.shape[0], jnp.int32)
     tokens = sample(logits, sampling, index)
-    return DecodeState(
+    state = DecodeState(
         last_tokens=tokens,
         num_generated=index + 1,
         finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= 1),
     )
+    return jax.tree.map(whole, state)
 
 
 @functools.partial(
     DeviceJit,
+    resident=_RESIDENT,
     static_argnames=("graphdef", "block", "write_without_adapter", "implementation"),
     donate_argnames=("cache",),
 )
@@ -154,7 +161,8 @@ def decode(
         model: Llama = nnx.merge(graphdef, params)
         out = jnp.full((batch, block), -1, jnp.int32)
         carry = (jnp.int32(0), out, state, table.kv_lens, cache)
-        _, out, state, kv_lens, cache = jax.lax.while_loop(unfinished, step, carry)
+        _, *for_the_host, cache = jax.lax.while_loop(unfinished, step, carry)
+    out, state, kv_lens = jax.tree.map(whole, for_the_host)
     return out, state, dataclasses.replace(table, kv_lens=kv_lens), cache
 
 
@@ -179,7 +187,7 @@ def _readers_and_writers(table: PageTable) -> PageTable:
     )
 
 
-@functools.partial(jax.jit, donate_argnames=("pools",))
+@functools.partial(DeviceJit, resident=("pools",), donate_argnames=("pools",))
 def copy_pages(pools, sources: Int[Array, " n"], targets: Int[Array, " n"]):
     """Copies whole pages inside every pool of a tree; targets out of range are skipped (padding)."""
     return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), pools)

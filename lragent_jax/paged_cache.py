@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lragent_jax.eviction import choose_victims, recompute_flop
+from lragent_jax.adapter_use import AdapterUse
+from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import OutOfPagesError
-from lragent_jax.models.sharding import current_mesh
 from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
@@ -23,6 +23,9 @@ from lragent_jax.prefix_tree import PrefixTree
 from lragent_jax.sharing import PageKey, PoolName
 
 _COPIES_PER_CALL = 8
+
+_PAGES_PER_SPARE = 64
+"""When pages have to go, one more goes for so many in the pool."""
 
 _SIZE_OPTIONS: dict[PoolName, str] = {
     "base": "num_pages",
@@ -35,13 +38,15 @@ _SIZE_OPTIONS: dict[PoolName, str] = {
 class PoolStats:
     """Pages of one pool and the device memory they stand for.
 
-    `pages_used` are held by trajectories. `pages_cached` are held by nobody else than the prefix cache, which gives
-    them up when a call needs them: such a call can have `pages_free + pages_cached`.
+    `pages_used` are held by trajectories that are open. `pages_idle` of them are those that no running call reads, and
+    that can be rebuilt: they go when a call needs them. `pages_cached` are held by nobody else than the prefix cache,
+    and go likewise: a call can have `pages_free + pages_cached + pages_idle`.
     """
 
     pages_used: int
     pages_free: int
     pages_cached: int
+    pages_idle: int
     bytes_per_page: int
 
     @property
@@ -80,8 +85,10 @@ class PagedCache:
     """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
 
     `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
-    cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
-    arrays holds `lock`.
+    cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
+    heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
+
+    `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
     """
 
     def __init__(
@@ -95,10 +102,11 @@ class PagedCache:
         low_rank_ranks: Mapping[str, int],
         recomputed_layers: Sequence[int] = (),
         num_recomputed_pages: int = 0,
+        mesh: Mesh | None = None,
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock = threading.RLock()
+        self.lock, self._mesh = threading.RLock(), mesh
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools: dict[PoolName, PagePool] = {
             "base": PagePool(num_pages),
@@ -106,6 +114,8 @@ class PagedCache:
             "low_rank": PagePool(num_low_rank_pages),
         }
         self.prefixes = PrefixTree(page_size)
+        self.holders: Iterable[Holder] = ()
+        self.use = AdapterUse()
         self.num_losses = 0
         self.arrays = self._allocate()
 
@@ -146,10 +156,16 @@ class PagedCache:
     def new_run(self, key: PageKey) -> PageRun:
         return PageRun(self.pools[key.pool], self.page_size)
 
+    def note_calls(self, rows: Sequence[Iterable[PageKey]]) -> None:
+        """Rows have begun that read these keys: eviction weighs pages by the use of their adapters."""
+        self.use.note(rows, batch_size=sum(bool(holder.reading) for holder in self.holders))
+
     def reserve(self, claims: Iterable[Claim]) -> None:
         """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing.
 
-        If too few are free, pages that only the prefix cache holds go, as many as it takes.
+        If too few are free, others go, as many as it takes: of the prefix cache, and of trajectories that no call is
+        extending, whose record stays so that they are rebuilt. A tier of host memory would be filled here, from the
+        pages that `_evict` chooses, and read by `PrefixTree.reuse`, before anything is run again.
         """
         claims = [claim for claim in claims if claim.stop > claim.start]
         self._evict(_writers(claims))
@@ -160,25 +176,27 @@ class PagedCache:
     def _evict(self, writers: Mapping[tuple[PagePool, int], int]) -> None:
         """Makes room for what is going to be written, or raises `OutOfPagesError` and changes nothing."""
         needed: dict[PoolName, int] = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+        # A few more than that where the pool is large: looking through all of it for every page would take too long.
         needs: dict[PoolName, tuple[PagePool, int]] = {
-            name: (pool, needed[name] - pool.num_free)
+            name: (pool, needed[name] - pool.num_free + pool.num_pages // _PAGES_PER_SPARE)
             for name, pool in self.pools.items()
             if needed[name] > pool.num_free
         }
         if not needs:
             return
+        reading = {key for holder in self.holders for key in holder.reading}
         victims, num_freed = choose_victims(
-            self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index)
-        )
-        for name, (pool, num_missing) in needs.items():
-            if num_freed[name] < num_missing:
+            self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index),
+            holders=self.holders, use=lambda key: 1.0 if key in reading else self.use.expected(key),
+        )  # fmt: skip
+        for name, (pool, _) in needs.items():
+            if pool.num_free + num_freed[name] < needed[name]:
                 raise OutOfPagesError(
                     f"this call needs {needed[name]} more {name} pages of {self.page_size} tokens, "
                     f"{pool.num_free + num_freed[name]} of {pool.num_pages} are free: close trajectories, lower "
                     f"max_new_tokens, or build the engine with a larger {_SIZE_OPTIONS[name]}"
                 )
-        for node, key in victims:
-            self.prefixes.remove(node, key)
+        evict(self.prefixes, victims)
 
     def grow_low_rank(self, num_pages: int, low_rank_ranks: Mapping[str, int]) -> None:
         """Makes room for more pages or larger ranks; what is cached stays valid.
@@ -230,23 +248,38 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            cached = sum(pool.num_references(page.page) == 1 for page in self.prefixes.pages(pool))
-            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, bytes_per_page[name])
+            in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
+            idle = self._idle_pages(pool)
+            cached = sum(pool.num_references(page) == 1 for page in in_tree)
+            num_idle = sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
+            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, num_idle, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
+
+    def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
+        """Pages that trajectories could let go, and how many of them hold each."""
+        runs = [run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool]
+        return collections.Counter(
+            page for run in runs for index, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(index)
+        )
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
         config, pools = self.config, []
         for layer in range(config.num_layers):
             pool = self.pools["recomputed" if layer in self.recomputed_layers else "base"]
             shape = (pool.num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
-            pools += _pools(1, shape, self.dtype, POOL)
+            pools += self._zeros(1, shape, POOL)
         return tuple(pools)
 
     def _low_rank_pools(self, rank: int | None, num_pages: int):
         if rank is None:
             return None
         shape = (num_pages, rank, self.page_size)
-        return _pools(self.config.num_layers, shape, self.dtype, WHOLE)
+        return self._zeros(self.config.num_layers, shape, WHOLE)
+
+    def _zeros(self, num_layers: int, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[jax.Array, ...]:
+        """One pool per layer, each device with its part of it."""
+        place = None if self._mesh is None else NamedSharding(self._mesh, spec)
+        return tuple(jnp.zeros(shape, self.dtype, device=place) for _ in range(num_layers))
 
     def _copy(self, name: PoolName, copies: Sequence[PageCopy]) -> None:
         """Copies pages in all layers of one pool."""
@@ -266,13 +299,6 @@ class PagedCache:
             for i, pool in zip(layers, copied.kv, strict=True):
                 kv[i] = pool
             self.arrays = dataclasses.replace(self.arrays, base=BaseCache(tuple(kv)))
-
-
-def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> tuple[jax.Array, ...]:
-    """One array of zeros per layer, placed where the current mesh, if any, wants them."""
-    mesh = current_mesh()
-    place = None if mesh is None else NamedSharding(mesh, spec)
-    return tuple(jnp.zeros(shape, dtype, device=place) for _ in range(num_layers))
 
 
 def _writers(claims: Iterable[Claim]) -> collections.Counter[tuple[PagePool, int]]:

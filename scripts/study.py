@@ -1,7 +1,7 @@
 """Measures what each sharing mode costs in accuracy, on a world that the agents have not seen.
 
     python scripts/study.py --adapters shared_a=FOLDER --adapters apart=FOLDER --adapters all=FOLDER --out RESULTS.json
-    python scripts/study.py --reduced --adapters shared_a=FOLDER --out RESULTS.json         (a CPU will do)
+    python scripts/study.py --reduced --out RESULTS.json                     (the embedded agents; a CPU will do)
     python scripts/study.py --report --out RESULTS.json --docs docs
 
 Every FOLDER holds the adapters plan, action and reflect. Regime: greedy, static batches of episodes that the agents run
@@ -25,15 +25,15 @@ from typing import Any
 
 from lragent_jax import compilation_cache
 from lragent_jax.cli.console import labelled, progress_bar
-from lragent_jax.demo import find_model
+from lragent_jax.embedded import ADAPTERS, find_model
 from lragent_jax.models.errors import InputError, LRAgentError
 from lragent_jax.models.folder import read_config
 from lragent_jax.react import read_trajectories
 from lragent_jax.sharing import SHARING_MODES
 from lragent_jax.study import recorded
-from lragent_jax.study.agent_set import RECORDED_KIND, read_agents
+from lragent_jax.study.agent_set import MAIN_KIND, RECORDED_KIND, read_agents
 from lragent_jax.study.deadline import Deadline
-from lragent_jax.study.plan import FULL, REDUCED, STUDY_PARTS
+from lragent_jax.study.plan import FULL, REDUCED, REDUCED_MODES, STUDY_PARTS
 from lragent_jax.study.report import write_report
 from lragent_jax.study.results import Results
 from lragent_jax.study.study import RecordedStudy, Study
@@ -60,21 +60,25 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     deadline = Deadline(arguments.deadline)
     model = arguments.model or find_model()
-    parts, modes = _names(arguments.parts, STUDY_PARTS), _names(arguments.modes, SHARING_MODES)
+    default_modes = REDUCED_MODES if arguments.reduced else SHARING_MODES
+    parts = _names(arguments.parts, STUDY_PARTS)
+    modes = _names(arguments.modes or ",".join(default_modes), SHARING_MODES)
     config, scale = read_config(model), REDUCED if arguments.reduced else FULL
     if arguments.questions:
         scale = scale.with_questions(arguments.questions)
     folders = dict(_pair(pair) for pair in arguments.adapters)
+    if not folders and not arguments.recorded_adapters:
+        folders = {MAIN_KIND: ADAPTERS}
     chosen = _names(arguments.kinds, tuple(folders)) if arguments.kinds else list(folders)
-    sets = [read_agents(name, folders[name], config) for name in chosen]
+    if arguments.main not in folders and arguments.main != MAIN_KIND:
+        raise InputError(f"--main {arguments.main} is none of the --adapters: {', '.join(folders) or 'none'}")
+    sets = [read_agents(name, folders[name], config, arguments.main) for name in chosen]
     recorded_study = None
     if bool(arguments.recorded_adapters) != bool(arguments.recorded):
         raise InputError("--recorded and --recorded-adapters belong together: give both or neither")
     if arguments.recorded_adapters:
         agents = read_agents(RECORDED_KIND, arguments.recorded_adapters, config)
         recorded_study = RecordedStudy(agents, read_trajectories(arguments.recorded))
-    if not sets and recorded_study is None:
-        raise InputError("there is nothing to measure: give --adapters, or --recorded and --recorded-adapters")
     results = Results(arguments.out, fresh=arguments.fresh)
     buckets = tuple(map(int, arguments.prefill_buckets.split(","))) if arguments.prefill_buckets else None
     options = BenchOptions.fitting(
@@ -135,25 +139,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results, or the folder of --write-recorded")
     parser.add_argument("--model", type=Path, help="by default the demo's, SmolLM2-135M-Instruct")
-    parser.add_argument("--adapters", action="append", default=[], metavar="KIND=FOLDER", help="repeatable")
+    parser.add_argument(
+        "--adapters",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="repeatable; by default the agents of the package",
+    )
     parser.add_argument("--recorded", type=Path, metavar="FILE")
     parser.add_argument("--recorded-adapters", type=Path, metavar="FOLDER")
     parser.add_argument("--parts", default=",".join(STUDY_PARTS), help="in this order")
+    parser.add_argument(
+        "--main", default=MAIN_KIND, metavar="KIND", help="gets all lengths and questions (%(default)s)"
+    )
     parser.add_argument("--kinds", help="some of the --adapters, separated by commas")
-    parser.add_argument("--modes", default=",".join(SHARING_MODES))
+    parser.add_argument("--modes", help="by default all; four with --reduced")
     parser.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="start nothing that takes longer than is left"
     )
-    parser.add_argument("--reduced", action="store_true", help="50 questions of mixed hops at 300 and 600 tokens")
+    parser.add_argument("--reduced", action="store_true", help="50 questions of mixed hops at 250 and 500 tokens")
     parser.add_argument("--questions", type=int, metavar="N", help="at most N in every cell")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--fresh", action="store_true", help="start RESULTS.json anew")
     parser.add_argument("--dtype", help="of weights and caches (bfloat16; float32 on a CPU)")
-    parser.add_argument("--batch-size", type=int, help="episodes at a time (64; 8 on a CPU)")
-    parser.add_argument("--pool-gigabytes", type=float, help="what the caches may take (40; 4 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="episodes at a time (64; 32 on a CPU)")
+    parser.add_argument("--pool-gigabytes", type=float, help="what the caches may take (40; 6 on a CPU)")
     parser.add_argument("--page-size", type=int, help="tokens per page (64; 128 on a TPU)")
-    parser.add_argument("--prefill-buckets", help="chunk lengths (64,256,1024; 16,64,256 on a CPU)")
-    parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12)")
+    parser.add_argument("--prefill-buckets", help="chunk lengths (64,256,1024; 32 on a CPU)")
+    parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12; 1 on a CPU)")
     parser.add_argument("--implementation", help="of lora_attention")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the cells of these results")
     parser.add_argument("--report", action="store_true", help="write tables and plots from the results")

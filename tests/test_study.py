@@ -262,7 +262,6 @@ def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, c
         ([*measure, "--modes", "nun"], "unknown: nun"),
         ([*measure, "--parts", "x"], "unknown: x"),
         ([*measure, "--kinds", "apart"], "unknown: apart; there are: shared_a"),
-        (common, "nothing to measure"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(arguments)

@@ -18,7 +18,7 @@ from lragent_jax.training.agent_run import AgentPlan, AgentRun
 from lragent_jax.training.checkpoints import TrainingCheckpoints
 from lragent_jax.training.examples import TokenSequence
 from lragent_jax.training.joint_run import JointPlan, JointRun
-from lragent_jax.training.lora import initial_lora, joined, with_shared
+from lragent_jax.training.lora import initial_lora, together, with_shared
 from lragent_jax.training.loss_curve import read_losses
 from lragent_jax.training.mesh import current_mesh, num_data_parts, weight_shardings
 from lragent_jax.training.options import TrainingOptions
@@ -55,7 +55,7 @@ def train_jointly(name):
     placed = params if mesh is None else jax.device_put(params, weight_shardings(config, jnp.float32, mesh))
     run = JointRun(Programs(config, graphdef, placed, both), plan, batch_shapes(plan.packed), both, losses=tmp / name,
                    checkpoints=TrainingCheckpoints(tmp / f"{name}.states"), progress=lambda *_: None)
-    _, results = run.run_jointly(joined([initial_lora(config, both, agent) for agent in plan.agents]))
+    _, results = run.run_jointly(together([initial_lora(config, both, agent) for agent in plan.agents]))
     of_agents = [results[agent].validation_loss for agent in plan.agents]
     return np.array([line["loss"] for line in read_losses(tmp / name) if "loss" in line] + of_agents)
 

@@ -10,7 +10,7 @@ import pytest
 import text_models
 from typer.testing import CliRunner
 
-from lragent_jax import demo
+from lragent_jax import embedded
 from lragent_jax.cli.app import app
 from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
@@ -125,9 +125,9 @@ def test_sets_that_cannot_be_written_are_refused(tmp_path):
 
 def test_pieces_tokenise_as_the_whole_text_does():
     """With the tokenizer of the embedded base, which agents are trained on in one piece and run on in many."""
-    if importlib.util.find_spec(demo.MODEL_PACKAGE) is None:
-        pytest.skip(f"needs {demo.MODEL_REQUIREMENT}")
-    tokenizer = load_tokenizer(demo.find_model())
+    if importlib.util.find_spec(embedded.MODEL_PACKAGE) is None:
+        pytest.skip(f"needs {embedded.MODEL_REQUIREMENT}")
+    tokenizer = load_tokenizer(embedded.find_model())
     assert tokenizer is not None
     for split in SPLITS:
         for question in make_questions(split, 6, 5):

@@ -12,7 +12,7 @@ from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
 
 MAIN_KIND = "shared_a"
-"""The kind that the method asks for, and the study looks at most closely."""
+"""The kind that the study looks at most closely, unless it is told of another one."""
 
 RECORDED_KIND = "recorded"
 """Agents that were trained on recorded text."""
@@ -20,15 +20,19 @@ RECORDED_KIND = "recorded"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AgentSet:
-    """`stacked_from` is the kind that was stacked into one A-group, and whose mode `none` is the reference."""
+    """`stacked_from` is the kind that was stacked into one A-group, and whose mode `none` is the reference.
+
+    `main_kind` is the kind that is looked at most closely, be it this one or not.
+    """
 
     name: str
     adapters: Mapping[str, Adapter]
     stacked_from: str | None = None
+    main_kind: str = MAIN_KIND
 
     @property
     def is_main(self) -> bool:
-        return self.name == MAIN_KIND
+        return self.name == self.main_kind
 
     @property
     def reference(self) -> str:
@@ -54,14 +58,16 @@ class AgentSet:
     def stacked(self) -> "AgentSet":
         """The same agents as one A-group."""
         adapters = stack_adapters(list(self.adapters.values()))
-        return AgentSet(f"{self.name}_stacked", dict(zip(self.adapters, adapters, strict=True)), self.name)
+        stacked = dict(zip(self.adapters, adapters, strict=True))
+        return AgentSet(f"{self.name}_stacked", stacked, self.name, self.main_kind)
 
 
-def read_agents(name: str, folder: Path, config: LlamaConfig) -> AgentSet:
+def read_agents(name: str, folder: Path, config: LlamaConfig, main_kind: str = MAIN_KIND) -> AgentSet:
     """The agents in `folder`/plan, action and reflect; `InputError` where one of the folders is missing."""
     if missing := [role for role in ROLES if not (folder / role).is_dir()]:
         raise InputError(f"{folder} lacks the adapter folders of {', '.join(missing)}")
-    return AgentSet(name, {role: read_adapter(folder / role, config) for role in ROLES})
+    adapters = {role: read_adapter(folder / role, config) for role in ROLES}
+    return AgentSet(name, adapters, main_kind=main_kind)
 
 
 def with_stacked(sets: Sequence[AgentSet]) -> list[AgentSet]:

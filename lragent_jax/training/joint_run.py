@@ -101,7 +101,9 @@ class JointRun(AgentRun):
 
     def run_jointly(self, lora: Lora) -> tuple[Lora, dict[str, JointResult]]:
         """Trains `lora`, the matrices of all agents; raises `LRAgentError` where a loss is no number."""
-        nothing: dict[str, Any] = dict.fromkeys(("validation_loss", "validation_accuracy", "separate_loss", "separate_accuracy"))
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("validation_loss", "validation_accuracy", "separate_loss", "separate_accuracy")
+        )
         self._by_agent: dict[str, dict[str, Any]] = dict.fromkeys(self._plan.agents, nothing)
         lora = self._train(lora, jax.tree.map(lambda _: np.bool_(True), lora))
         figures = self._figures()

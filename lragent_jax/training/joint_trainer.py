@@ -19,7 +19,7 @@ from lragent_jax.models.weights import weight_dtype
 from lragent_jax.training.agent_run import Progress
 from lragent_jax.training.examples import file_hash
 from lragent_jax.training.joint_run import JointPlan, JointRun
-from lragent_jax.training.lora import Lora, from_adapter, initial_lora, joined, of_agent, to_adapter
+from lragent_jax.training.lora import Lora, from_adapter, initial_lora, of_agent, to_adapter, together
 from lragent_jax.training.mesh import current_mesh, num_data_parts, weight_shardings
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.packing import batch_shapes
@@ -114,7 +114,7 @@ def _starting(
 def _initial(
     config: LlamaConfig, options: TrainingOptions, agents: Sequence[str], starting: Mapping[str, Adapter]
 ) -> Lora:
-    return joined([
+    return together([
         from_adapter(starting[agent], options.scale) if starting else initial_lora(config, options, agent)
         for agent in agents
     ])  # fmt: skip

@@ -65,7 +65,7 @@ def with_shared(lora: Lora, shared: Lora) -> tuple[Lora, Trained]:
     return joined, trained
 
 
-def joined(loras: Sequence[Lora]) -> Lora:
+def together(loras: Sequence[Lora]) -> Lora:
     """The matrices of several agents as one; A of the cached targets is the first one's, for all of them."""
     return {
         target: {

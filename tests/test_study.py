@@ -239,6 +239,17 @@ def test_batches_shrink_where_the_pool_does_not_hold_them(model):
     assert (tight.batch_size(100), tight.batch_size(3000)) == (2, 1)
 
 
+def test_another_kind_can_be_the_main_one(tmp_path):
+    text_models.write_adapters(tmp_path, dict(SHARED.adapters))
+    sets = [read_agents(name, tmp_path, text_models.CONFIG, "joint") for name in ("shared_a", "joint")]
+    assert [agents.is_main for agents in sets] == [False, True]
+    assert SHARED.is_main
+    cells = list(episode_cells(sets, ["base_lr"], FULL, 0))
+    of_kind = [[cell.tokens for cell in cells if cell.agents.name == name] for name in ("joint", "shared_a")]
+    assert len(of_kind[0]) > len(of_kind[1]) > 0
+    assert cells[0].agents.name == "joint"
+
+
 def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, capsys, quick_measures):
     script = load_script("study")
     monkeypatch.setattr(script, "REDUCED", SCALE)
@@ -262,6 +273,7 @@ def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, c
         ([*measure, "--modes", "nun"], "unknown: nun"),
         ([*measure, "--parts", "x"], "unknown: x"),
         ([*measure, "--kinds", "apart"], "unknown: apart; there are: shared_a"),
+        ([*measure, "--main", "joint"], "--main joint is none of the --adapters: shared_a"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(arguments)

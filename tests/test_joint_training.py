@@ -37,6 +37,10 @@ def programs_of_one_form_are_compiled_once():
         yield
 
 
+def options(**changes: Any) -> TrainingOptions:
+    return TrainingOptions(**SETTINGS | changes)
+
+
 def trajectories() -> list[dict[str, Any]]:
     """Plan and action take turns; what action writes was in what plan or nobody wrote."""
     names, answers = list(ANSWERS), list(ANSWERS.values())
@@ -74,7 +78,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def run(files: dict[str, Path], out: Path, progress=None, init=None, data=None, **changes):
     return joint_trainer.train_jointly(
         files["model"], data or files["trajectories"], out,
-        validation=files["trajectories"], options=TrainingOptions(**SETTINGS | changes), init=init,
+        validation=files["trajectories"], options=options(**changes), init=init,
         base_model="some/base", progress=progress,
     )  # fmt: skip
 
@@ -89,8 +93,7 @@ def trained(files, tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
 def apart(files, tmp_path_factory) -> Path:
     """One agent after the other, with as many steps for each as the others have for all."""
     out = tmp_path_factory.mktemp("out") / "shared_a"
-    options = TrainingOptions(**SETTINGS | {"kind": "shared_a"})
-    trainer.train(files["model"], {agent: files[agent] for agent in AGENTS}, out, options=options)
+    trainer.train(files["model"], {agent: files[agent] for agent in AGENTS}, out, options=options(kind="shared_a"))
     return out
 
 
@@ -209,12 +212,11 @@ def test_what_cannot_be_trained_at_once_is_refused(files, apart, tmp_path):
     with pytest.raises(InputError, match="cannot be the name of a folder"):
         run(files, out, data=write_lines(tmp_path / "path.jsonl", [line]))
     with pytest.raises(InputError, match="somebody: there is no folder"):
-        joint_trainer.train_jointly(files["model"], other, out, init=apart, options=TrainingOptions(**SETTINGS))
-    options = TrainingOptions(**SETTINGS | {"kind": "apart"})
+        joint_trainer.train_jointly(files["model"], other, out, init=apart, options=options())
     with pytest.raises(InputError, match="kind apart does not train on trajectories"):
-        joint_trainer.train_jointly(files["model"], other, out, options=options)
+        joint_trainer.train_jointly(files["model"], other, out, options=options(kind="apart"))
     with pytest.raises(InputError, match="kind joint trains on whole trajectories"):
-        trainer.train(files["model"], {"plan": files["plan"]}, out, options=TrainingOptions(**SETTINGS))
+        trainer.train(files["model"], {"plan": files["plan"]}, out, options=options())
     assert not out.exists()
 
 
@@ -263,10 +265,10 @@ def test_the_command_takes_trajectories(files, tmp_path, monkeypatch):
     )
     assert keywords["options"] == TrainingOptions(kind="joint", separate_share=0.5)
     assert json.loads(printed)["agents"] == {}
-    for options, problem in (
+    for given, problem in (
         (("--kind", "joint"), "give their file"),
         (("--kind", "joint", "--trajectories", "a", "--agent", "plan=a"), "in --trajectories alone"),
         (("--trajectories", "a"), "ask for --kind joint"),
         ((), "name an agent and its file"),
     ):
-        assert problem in " ".join(fail(*begin, *options, code=2).split())
+        assert problem in " ".join(fail(*begin, *given, code=2).split())

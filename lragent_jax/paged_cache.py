@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lragent_jax.eviction import choose_victims, recompute_flop
+from lragent_jax.fair_lock import FairLock
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
@@ -98,7 +98,7 @@ class PagedCache:
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock = threading.RLock()
+        self.lock = FairLock()
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools: dict[PoolName, PagePool] = {
             "base": PagePool(num_pages),
@@ -145,6 +145,26 @@ class PagedCache:
 
     def new_run(self, key: PageKey) -> PageRun:
         return PageRun(self.pools[key.pool], self.page_size)
+
+    def pages_available(self) -> dict[PoolName, int]:
+        """Pages of every pool that are free, or that only the prefix cache holds."""
+        return {name: pool.num_free + self._num_cached(pool) for name, pool in self.pools.items()}
+
+    def pages_needed(self, claims: Iterable[Claim]) -> dict[PoolName, int]:
+        """How many of every pool `reserve` would take for these claims."""
+        writers = _writers(claims)
+        return {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+
+    def check_fits(self, num_tokens: int, pools: Iterable[PoolName]) -> None:
+        """Raises `OutOfPagesError` if even empty pools could not hold a context of so many tokens."""
+        num_pages = -(-num_tokens // self.page_size)
+        for name in pools:
+            if num_pages > self.pools[name].num_pages:
+                raise OutOfPagesError(
+                    f"this call needs {num_pages} {name} pages of {self.page_size} tokens, there are "
+                    f"{self.pools[name].num_pages}: lower max_new_tokens, or build the engine with a larger "
+                    f"{_SIZE_OPTIONS[name]}"
+                )
 
     def reserve(self, claims: Iterable[Claim]) -> None:
         """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing.
@@ -230,9 +250,12 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            cached = sum(pool.num_references(page.page) == 1 for page in self.prefixes.pages(pool))
+            cached = self._num_cached(pool)
             stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
+
+    def _num_cached(self, pool: PagePool) -> int:
+        return sum(pool.num_references(page.page) == 1 for page in self.prefixes.pages(pool))
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
         config, pools = self.config, []

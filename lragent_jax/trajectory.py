@@ -80,6 +80,11 @@ class Trajectory:
         return len(self._ids)
 
     @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self._cache.page_size
+
+    @property
     def writers(self) -> list[Span]:
         """Who ran which tokens of the base cache, where it is shared; see `PageRun.spans`."""
         run = self._runs.get(PageKey("base", None))

@@ -67,7 +67,9 @@ class Batcher:
     ):
         self._executor, self._registry, self._cache = executor, registry, executor.cache
         self._trajectories, self._limits = trajectories, limits
-        self._reserved_tokens, self._eos_token_ids = reserved_tokens, tuple(eos_token_ids)
+        # At least what the first step decodes, which is planned together with the admission.
+        self._reserved_tokens = max(reserved_tokens, limits.decode_block)
+        self._eos_token_ids = tuple(eos_token_ids)
         self.metrics = Metrics()
         self._ids = itertools.count()
         self._arrivals: collections.deque[Request] = collections.deque()
@@ -178,7 +180,7 @@ class Batcher:
         self.metrics.num_failed += 1
         request.generated.discard()
         self._leave(request)
-        self._notify(request)
+        request.notify()
 
     def _leave(self, request: Request) -> None:
         """Lets a request's tokens join, and forgets what the device wrote, or is about to write, beyond them.
@@ -449,11 +451,7 @@ class Batcher:
                 request.state = "finished"
                 self._leave(request)
                 self.metrics.num_finished += 1
-            self._notify(request)
+            request.take_pieces()
+            request.notify()
         if not self._running:
             self._decode_size, self._decode_batch = 1, None
-
-    def _notify(self, request: Request) -> None:
-        request.take_pieces()
-        if request.listener is not None:
-            request.listener()

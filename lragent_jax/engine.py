@@ -96,11 +96,11 @@ class Engine:
             decode_block=self.options.decode_block,
             mixed_block=LOOK_STEPS,
         )
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             self._executor, self._registry, self._trajectories, limits,
             reserved_tokens=self.options.reserved_tokens, eos_token_ids=config.eos_token_ids,
         )  # fmt: skip
-        self._caller = Caller(config, tokenizer, self._executor, self._registry, self._batcher, self.trajectory)
+        self.caller = Caller(config, tokenizer, self._executor, self._registry, self.batcher, self.trajectory)
 
     # Making one.
 
@@ -198,20 +198,20 @@ class Engine:
         Kept pages belong to nobody and are there to be had, as free ones are; they do not count as used. When all
         trajectories are closed, nothing is.
         """
-        with self._batcher.exclusive():
+        with self.batcher.exclusive():
             return self._cache.stats()
 
     def metrics(self) -> EngineMetrics:
         """Times, hit rates, queues and pages; see `EngineMetrics`."""
-        with self._batcher.exclusive():
-            return self._batcher.snapshot()
+        with self.batcher.exclusive():
+            return self.batcher.snapshot()
 
     # Adapters.
 
     def load_adapter(self, name: str, source: str | Path | Adapter) -> None:
         """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow, and only that."""
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
-        with self._batcher.exclusive():
+        with self.batcher.exclusive():
             before = copy.copy(self._registry)
             self._registry.add(name, adapter)
             if not self._sharing.merged:
@@ -226,7 +226,7 @@ class Engine:
 
         Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
         """
-        with self._batcher.exclusive(), contextlib.ExitStack() as held:
+        with self.batcher.exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
                 with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
                     held.enter_context(trajectory.extending())
@@ -298,7 +298,7 @@ class Engine:
             while piece.output is None:
                 if piece.text or piece.token_ids:
                     yield piece
-                self._batcher.drive(lambda: bool(pieces) or call.is_over)
+                self.batcher.drive(lambda: bool(pieces) or call.is_over)
                 call.check()
                 piece = pieces.popleft()
         yield piece  # the tokens have joined: whoever reads the last piece may go on with the trajectory
@@ -322,7 +322,7 @@ class Engine:
 
     def warmup(self, max_batch_size: int = 1, progress: Progress | None = None) -> None:
         """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards."""
-        with self._batcher.exclusive():
+        with self.batcher.exclusive():
             self._executor.warmup(max_batch_size, progress)
 
     # Inside.
@@ -356,7 +356,7 @@ class Engine:
                 if progress:
                     progress(call.num_done, len(prompts), "generating")
                 num_done = call.num_done if progress else len(prompts)
-                self._batcher.drive(functools.partial(call.is_beyond, num_done))
+                self.batcher.drive(functools.partial(call.is_beyond, num_done))
             if progress:
                 progress(call.num_done, len(prompts), "generating")
             call.check()
@@ -366,19 +366,19 @@ class Engine:
     def _call(
         self, prompts: Sequence[Prompt], agents: Sequence, params: Sequence[SamplingParams], *, streams: bool = False
     ) -> Iterator[Call]:
-        call = self._caller.open(prompts, agents, params, streams=streams)
+        call = self.caller.open(prompts, agents, params, streams=streams)
         try:
             yield call
         except BaseException as error:  # a stream that is left included
-            self._batcher.finish(functools.partial(call.abandon, keep_taken=isinstance(error, GeneratorExit)))
+            self.batcher.finish(functools.partial(call.abandon, keep_taken=isinstance(error, GeneratorExit)))
             raise
         call.end()
 
     def _score(self, trajectory: Trajectory, token_ids: Ids, agent: str | None) -> ScoreOutput:
         started = time.perf_counter()
-        self._caller.check_own(trajectory)
-        with trajectory.extending(), self._batcher.exclusive():
-            self._caller.room(trajectory)
+        self.caller.check_own(trajectory)
+        with trajectory.extending(), self.batcher.exclusive():
+            self.caller.room(trajectory)
             ids = trajectory.checked_ids(token_ids)
             return scoring.score(self._executor, trajectory, ids, self._registry.find(agent), started)
 

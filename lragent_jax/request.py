@@ -89,6 +89,10 @@ class Request:
         if text or ids or output:
             self.pieces.append(StreamPiece(text, ids, output))
 
+    def notify(self) -> None:
+        if self.listener is not None:
+            self.listener()
+
     def output(self) -> GenerationOutput:
         """Of a finished request."""
         generated = self.generated

@@ -30,7 +30,8 @@ class Limits:
 class WaitingRequest:
     """A request without pages. Ids say who came first: the smaller, the earlier.
 
-    `pages`: what its admission takes, those included that it finds in the cache and nobody else holds. `chunks`: the
+    `pages`: what its admission takes, pages for a step's tokens included, and those that it finds in the cache and
+    nobody else holds. `chunks`: the
     padded lengths of its prefill. `needs`: the next pages that it lacks, by any name; `writes`: all that it will write.
     `steps_left`, `max_steps` as in `RunningRequest`.
     """
@@ -132,14 +133,12 @@ def _admitted(
     for request in waiting:
         if request.needs & being_written:
             continue
-        alone = not running and not admitted
-        if not _take(left, request.pages) and not alone:
+        fits = _take(left, request.pages)
+        if not fits and (running or admitted):
             break
         admitted.append(request)
         being_written |= request.writes
-        if alone and any(count < 0 for count in left.values()):
-            break
-        if len(running) + len(admitted) >= limits.batch_size:
+        if not fits or len(running) + len(admitted) >= limits.batch_size:
             break
     return admitted
 

@@ -262,10 +262,11 @@ class Batcher:
                 left.row.give_up_reused()
         self._stuck = self._stuck or (not is_full and not plan.admitted and bool(self._running))
         num_in_flight = len(self._in_flight)
-        for ids in plan.prefill:
-            self._prefill([self._running[id] for id in ids if id in self._running])
+        read = [self._prefill([self._running[id] for id in ids if id in self._running]) for ids in plan.prefill]
         self._decode([self._running[id] for id in plan.decoded if id in self._running], plan.num_steps)
         self.metrics.count_step(len(plan.decoded))
+        if read and read[-1] is not None and len(self._in_flight) == num_in_flight:
+            self._in_flight.append(_InFlight(read[-1], []))  # so that the host is one step ahead, not many
         # What was given to the device now stays there; what came before is read, while the device goes on.
         while len(self._in_flight) > int(len(self._in_flight) > num_in_flight):
             self._read(self._in_flight.popleft())
@@ -357,10 +358,10 @@ class Batcher:
 
     # Work for the device.
 
-    def _prefill(self, requests: list[Request]) -> None:
-        """Runs the next chunk of each; those for whom it is the last begin to decode."""
+    def _prefill(self, requests: list[Request]) -> jax.Array | None:
+        """Runs the next chunk of each; those for whom it is the last begin to decode. What the program returned."""
         if not requests:
-            return
+            return None
         rows = [request.row for request in requests if request.row is not None]
         chunks = [row.chunks[request.next_chunk] for request, row in zip(requests, rows, strict=True)]
         logits, _ = self._executor.run_chunks(rows, chunks)
@@ -372,8 +373,7 @@ class Batcher:
             self._executor.share(rows)
             self._stuck = False
         if not ended:
-            self._in_flight.append(_InFlight(logits, []))
-            return
+            return logits
         index = [len(request.generated.token_ids) for request in requests]
         tokens = self._executor.begin(
             logits,
@@ -387,6 +387,7 @@ class Batcher:
             request.state, request.num_dispatched = "decoding", len(request.generated.token_ids) + 1
         rows_of = [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))]
         self._in_flight.append(_InFlight(tokens, [entry for entry in rows_of if not entry[0].needs_prefill]))
+        return logits
 
     def _decode(self, requests: list[Request], num_steps: int) -> None:
         """Up to `num_steps` more tokens for each, as far as pages for them can be had."""

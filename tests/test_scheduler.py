@@ -133,8 +133,8 @@ def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reser
         ]  # fmt: skip
         looked_at: list[int] = []
 
-        def ask(descriptions=descriptions, looked_at=looked_at):
-            for job in queue:
+        def ask(queue=queue, descriptions=descriptions, looked_at=looked_at):
+            for job in list(queue):
                 looked_at.append(job.id)
                 needs = {job.prefix} - {None} - shared
                 start = pages_of(job, min(job.output, job.decoded + (reserve if descriptions or queue[0] is not job

@@ -1,0 +1,388 @@
+"""Requests that run together: who joins and leaves when, what is never lost, and that nobody notices the others."""
+
+import asyncio
+import collections
+import functools
+import random
+
+import jax
+import numpy as np
+import pytest
+from engines import CONFIG, ascii_tokenizer, tiny_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lragent_jax.async_engine import AsyncEngine
+from lragent_jax.calls import Call
+from lragent_jax.engine import Engine
+from lragent_jax.models.adapter import random_adapter
+from lragent_jax.models.errors import AdapterError, OutOfPagesError, TrajectoryBusyError
+from lragent_jax.page_run import HOLE
+from lragent_jax.sampling_params import SamplingParams
+
+QUESTION = [(7 * i + 3) % 128 for i in range(43)]  # five full pages of 8 and a piece
+SIZES = {"prefill_buckets": (8, 32), "prefill_tokens": 64, "max_batch_size": 8, "prefix_cache": True}
+
+
+def engine_for(mode: str, adapters=None, **options) -> Engine:
+    return tiny_engine(mode, adapters, **{"num_pages": 96, "num_low_rank_pages": 144, **SIZES, **options})
+
+
+def fill(engine: Engine, num_left: int) -> None:
+    """Takes pages out of every pool for good: a small pool under the programs of a large one."""
+    for pool in engine._cache.pools.values():
+        while pool.num_free > num_left:
+            pool.allocate()
+
+
+def num_held(engine: Engine) -> dict[str, int]:
+    stats = engine.cache_stats()
+    return {name: getattr(stats, name).pages_used for name in ("base", "low_rank", "recomputed")}
+
+
+def step(engine: Engine) -> None:
+    if engine.batcher.has_work:
+        asked = iter((False, True))
+        engine.batcher.drive(lambda: next(asked))
+
+
+def run_to_the_end(engine: Engine, *calls: Call) -> None:
+    engine.batcher.drive(lambda: all(call.is_over for call in calls))
+
+
+def opened(engine: Engine, prompt, agent=None, **sampling) -> Call:
+    return engine.caller.open([prompt], [agent], [SamplingParams(**sampling)])
+
+
+def abandon(engine: Engine, call: Call) -> None:
+    engine.batcher.finish(call.abandon)
+
+
+def check_references(engine: Engine, taken: dict[str, int] | None = None) -> None:
+    """Every page has as many holders as its pool counts; `taken` by the test itself, per pool."""
+    held: dict[int, collections.Counter] = {id(pool): collections.Counter() for pool in engine._cache.pools.values()}
+    for trajectory in engine._trajectories:
+        for run in trajectory._runs.values():
+            held[id(run.pool)].update(page for page in run.pages if page != HOLE)
+    for pool in engine._cache.pools.values():
+        held[id(pool)].update(cached.page for cached in engine._cache.prefixes.pages(pool))
+    for name, pool in engine._cache.pools.items():
+        counts = [pool.num_references(page) for page in range(pool.num_pages)]
+        holders = held[id(pool)]
+        surplus = [count - holders[page] for page, count in enumerate(counts)]
+        assert set(surplus) <= {0, 1}
+        assert sum(surplus) == (taken or {}).get(name, 0), f"{name}: pages without a holder"
+        assert all(not holders[page] for page, extra in enumerate(surplus) if extra)
+
+
+# Joining and leaving.
+
+
+def test_whoever_drives_drives_for_all_and_late_comers_join():
+    engine = engine_for("base_lr")
+    alone = [engine.generate(QUESTION[:n], "plan", max_new_tokens=12).token_ids for n in (20, 30)]
+    first = opened(engine, QUESTION[:20], "plan", max_new_tokens=12)
+    step(engine)
+    second = opened(engine, QUESTION[:30], "plan", max_new_tokens=12)
+    run_to_the_end(engine, second)
+    assert first.is_over, "it began before and is no longer"
+    assert [call.requests[0].generated.token_ids for call in (first, second)] == alone
+    assert engine.metrics().mean_batch_size > 1
+    first.end()
+    second.end()
+
+
+def test_the_device_has_its_next_work_before_the_host_reads(monkeypatch):
+    """And a lone prompt takes one program per chunk and one for its first token, which is read at once."""
+    engine, log = engine_for("base_lr"), []
+    for name in ("run_chunks", "begin", "decode"):
+        monkeypatch.setattr(engine._executor, name, logged(log, name, getattr(engine._executor, name)))
+    monkeypatch.setattr(engine.batcher, "_read", logged(log, "read", engine.batcher._read))
+    engine.generate(QUESTION, "plan", max_new_tokens=10)
+    assert log == [
+        "run_chunks", "run_chunks", "run_chunks", "begin", "decode", "read", "decode", "read", "decode", "read", "read",
+    ]  # fmt: skip
+
+
+def logged(log: list, name: str, function):
+    @functools.wraps(function)
+    def call(*args):
+        log.append(name)
+        return function(*args)
+
+    return call
+
+
+def test_a_stop_string_ends_a_row_while_the_next_block_is_under_way():
+    engine = engine_for("base_lr", tokenizer=ascii_tokenizer())
+    free, other = engine.generate([QUESTION, QUESTION[::-1]], "plan", max_new_tokens=24)
+    assert free.text is not None
+    prompts = [engine.trajectory().append(ids) for ids in (QUESTION, QUESTION[::-1])]
+    params = [SamplingParams(max_new_tokens=24, stop=[free.text[5:7]]), SamplingParams(max_new_tokens=24)]
+    outs = engine.generate(prompts, "plan", params)
+    assert outs[0].text == free.text[: free.text.index(free.text[5:7])]
+    assert prompts[0].token_ids == QUESTION + outs[0].token_ids
+    assert outs[1].token_ids == other.token_ids
+    # What was written beyond the stop is written again by whoever goes on.
+    cold = tiny_engine("base_lr").trajectory().append(prompts[0].token_ids)
+    assert engine.next_token_logits(prompts[0], "plan").argmax() == np.argmax(free_logits(cold))
+
+
+def free_logits(trajectory) -> np.ndarray:
+    engine = tiny_engine("base_lr")
+    return engine.next_token_logits(engine.trajectory().append(trajectory.token_ids), "plan")
+
+
+def test_a_list_longer_than_the_batch_and_the_pool_takes_turns():
+    engine = engine_for("none")
+    fill(engine, 24)
+    seen = []
+    prompts = [[i, *QUESTION[:20]] for i in range(30)]
+    outs = engine.generate(prompts, "plan", max_new_tokens=5, progress=lambda *at: seen.append(at))
+    assert [out.token_ids for out in outs[::7]] == [
+        engine.generate(prompt, "plan", max_new_tokens=5).token_ids for prompt in prompts[::7]
+    ]
+    assert seen[0] == (0, 30, "generating")
+    assert seen[-1] == (30, 30, "generating")
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+
+
+def test_what_can_never_fit_is_refused_before_the_rest_is_run():
+    engine = engine_for("none")
+    good = engine.trajectory().append(QUESTION)
+    with pytest.raises(OutOfPagesError, match="101 base pages of 8 tokens, there are 96"):
+        engine.generate([good, [1] * 700], "plan", max_new_tokens=102)
+    assert good.token_ids == QUESTION
+    assert engine.metrics().num_steps == 0
+
+
+def test_a_list_in_which_one_fails_leaves_nothing():
+    """One fits the pool and not beside what trajectories hold; the other has ended when that turns out."""
+    engine = engine_for("none")
+    holder, good = engine.trajectory().append([5] * 600), engine.trajectory().append(QUESTION)
+    engine.next_token_logits(holder, "plan")
+    if engine.cache_stats().base.pages_used < 75:
+        pytest.skip("pages of idle trajectories can be had")
+    with pytest.raises(OutOfPagesError, match="close trajectories"):
+        engine.generate([good, [1] * 250], "plan", max_new_tokens=3)
+    assert good.token_ids == QUESTION
+    holder.close()
+    assert len(engine.generate([good, [1] * 250], "plan", max_new_tokens=3)) == 2
+
+
+# A prefix that is just being read.
+
+
+@pytest.mark.parametrize(
+    ("mode", "names", "num_prefilled"),
+    [
+        ("base_lr", ["plan"], 43 + 63 * 3),
+        ("none", ["plan"], 43 + 63 * 3),
+        ("none", ["plan", "action"], 2 * 43 + 62 * 3),
+        ("base_lr", ["plan", "action"], 43 + 63 * 3),  # one A-group
+        ("base", ["plan", "action"], 2 * 43 + 62 * 3),  # each its own low-rank pages
+    ],
+)
+def test_simultaneous_requests_read_a_common_prefix_once(mode, names, num_prefilled):
+    engine = engine_for(mode)
+    prompts = [[*QUESTION[:40], i, i, i] for i in range(64)]
+    outs = engine.generate(prompts, [names[i % len(names)] for i in range(64)], max_new_tokens=1)
+    assert sum(out.num_prefilled_tokens for out in outs) == num_prefilled
+    assert engine.metrics().num_prefilled_tokens == num_prefilled
+
+
+def test_a_reader_that_is_cancelled_is_not_waited_for():
+    engine = engine_for("base_lr", prefill_buckets=(8,), prefill_tokens=8)
+    reader, waiter = (opened(engine, [*QUESTION, i], "plan", max_new_tokens=2) for i in range(2))
+    step(engine)
+    step(engine)
+    assert (reader.requests[0].state, waiter.requests[0].state) == ("prefilling", "waiting")
+    abandon(engine, reader)
+    run_to_the_end(engine, waiter)
+    out = waiter.requests[0].output()
+    assert out.num_prefilled_tokens + out.num_cached_tokens == 44
+    assert out.num_cached_tokens in (16, 24), "what had been read when the reader left"
+    waiter.end()
+    check_references(engine)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("mode", ["none", "base_lr"])
+def test_a_preempted_request_goes_on_where_it_was(mode):
+    engine = engine_for(mode, reserved_tokens=4)
+    prompts = [[i, *QUESTION[:9]] for i in range(4)]
+    alone = [engine.generate(prompt, "plan", max_new_tokens=40).token_ids for prompt in prompts]
+    tight = engine_for(mode, reserved_tokens=4)
+    fill(tight, 16)  # each needs seven in the end
+    taken = num_held(tight)
+    trajectories = [tight.trajectory().append(prompt) for prompt in prompts]
+    outs = tight.generate(trajectories, "plan", max_new_tokens=40)
+    assert [out.token_ids for out in outs] == alone
+    metrics = tight.metrics()
+    assert 0 < metrics.num_preempted <= 8
+    assert metrics.num_recomputed_tokens > 0
+    assert [out.num_prefilled_tokens for out in outs] == [10] * 4
+    check_references(tight, taken)
+
+
+def test_a_cancelled_request_frees_its_pages_whatever_its_state():
+    engine = engine_for("base_lr", prefill_buckets=(8,), prefill_tokens=8)
+    trajectory = engine.trajectory().append(QUESTION)
+    waiting, cold = opened(engine, trajectory, "plan", max_new_tokens=30), num_held(engine)
+    for num_steps, state in ((0, "waiting"), (2, "prefilling"), (7, "decoding")):
+        if num_steps:
+            waiting = opened(engine, trajectory, "plan", max_new_tokens=30)
+        for _ in range(num_steps):
+            step(engine)
+        assert waiting.requests[0].state == state
+        abandon(engine, waiting)
+        assert waiting.requests[0].state == "cancelled"
+        assert trajectory.token_ids == QUESTION
+        check_references(engine)
+        if state == "prefilling":
+            trajectory.drop(lambda key: False)
+    trajectory.close()
+    assert num_held(engine) == cold
+    assert engine.metrics().num_cancelled == 3
+
+
+def test_an_error_is_its_drivers_and_others_go_on(monkeypatch):
+    engine = engine_for("none")
+    want = engine.generate(QUESTION, "plan", max_new_tokens=12).token_ids
+    bystander = opened(engine, QUESTION, "plan", max_new_tokens=12)
+    step(engine)
+    step(engine)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._executor, "decode", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(QUESTION[::-1], "action", max_new_tokens=9)
+    jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)  # as an interrupted program leaves them
+    run_to_the_end(engine, bystander)
+    assert bystander.requests[0].output().token_ids == want
+    bystander.end()
+    check_references(engine)
+
+
+# Anything in any order.
+
+
+@functools.cache
+def eight_agents():
+    return {
+        f"agent{i}": random_adapter(CONFIG, rank=4, targets=("q", "v"), seed=i, shared_a_seed=i % 3, scale=0.3)
+        for i in range(8)
+    }
+
+
+BEGINNINGS = [QUESTION[:16], QUESTION[:16] + [5] * 8, QUESTION[::-1][:10]]
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, 2), st.integers(0, 5), st.integers(0, 7), st.integers(1, 14)),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("load"), st.integers(0, 7)),
+        st.tuples(st.just("unload"), st.integers(0, 7)),
+    ),
+    max_size=25,
+)
+
+
+@functools.cache
+def stressed(mode: str) -> tuple[Engine, dict[str, int], Engine]:
+    """An engine with few pages, how many of them are out of reach, and one with many."""
+    options = {"max_adapters": 8, "reserved_tokens": 4, "num_low_rank_pages": 288}
+    engine = engine_for(mode, eight_agents(), **options)
+    fill(engine, 14)
+    return engine, num_held(engine), engine_for(mode, eight_agents(), **options)
+
+
+@pytest.mark.parametrize("mode", ["none", "base_lr"])
+def test_anything_in_any_order_leaves_everything_consistent(mode):
+    engine, taken, calm = stressed(mode)
+    alone = functools.cache(lambda ids, agent, n: calm.generate(list(ids), agent, max_new_tokens=n).token_ids)
+    num_preempted = 0
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(actions)
+    def run(todo):
+        nonlocal num_preempted
+        calls: list[tuple[Call, tuple]] = []
+        for what, *numbers in todo:
+            if what == "submit":
+                beginning, end, agent, count = numbers
+                ids, name = (*BEGINNINGS[beginning], end, end + 1, 9), f"agent{agent}"
+                try:
+                    calls.append((opened(engine, list(ids), name, max_new_tokens=count), (ids, name, count)))
+                except AdapterError:
+                    assert name not in engine.agents
+            elif what == "step":
+                for _ in range(numbers[0]):
+                    step(engine)
+            elif what == "cancel" and calls:
+                call, _ = calls.pop(numbers[0] % len(calls))
+                abandon(engine, call)
+            elif what == "load" and f"agent{numbers[0]}" not in engine.agents:
+                engine.load_adapter(f"agent{numbers[0]}", eight_agents()[f"agent{numbers[0]}"])
+            elif what == "unload" and f"agent{numbers[0]}" in engine.agents:
+                try:
+                    engine.unload_adapter(f"agent{numbers[0]}")
+                except TrajectoryBusyError:
+                    assert any(not call.is_over for call, _ in calls) or calls
+            check_references(engine, taken)
+        run_to_the_end(engine, *(call for call, _ in calls))
+        for call, asked in calls:
+            call.check()
+            call.end()
+            if mode == "none":
+                assert call.requests[0].output().token_ids == alone(*asked)
+        assert num_held(engine) == taken
+        for name, adapter in eight_agents().items():
+            if name not in engine.agents:
+                engine.load_adapter(name, adapter)
+        num_preempted = engine.metrics().num_preempted
+
+    run()
+    assert num_preempted > 0, "the pool is too large to test anything"
+
+
+def test_two_thousand_requests_of_sixty_trajectories_and_eight_agents():
+    engine = engine_for("base_lr", eight_agents(), prefill_buckets=(8,), num_pages=288, num_low_rank_pages=432)
+    fill(engine, 260)
+    taken, names = num_held(engine), list(eight_agents())
+    given_out: list[int] = []
+
+    async def user(server: AsyncEngine, number: int, num_requests: int) -> None:
+        rng = random.Random(number)
+        trajectory, expected = engine.trajectory(), []
+        for turn in range(num_requests):
+            if turn % 12 == 0:
+                trajectory.close()
+                trajectory, expected = engine.trajectory().append([7, 8, 9] * 3), [7, 8, 9] * 3
+            ids = [rng.randrange(128) for _ in range(rng.randrange(1, 3))]
+            trajectory.append(ids)
+            count = rng.randrange(1, 4)
+            out = await server.generate(trajectory, rng.choice(names), max_new_tokens=count)
+            assert len(out.token_ids) == count
+            expected += ids + out.token_ids
+            assert trajectory.token_ids == expected, "lost, or twice"
+            given_out.append(count)
+        trajectory.close()
+
+    async def all_users() -> None:
+        async with AsyncEngine(engine) as server:
+            await asyncio.gather(*(user(server, i, 34 if i < 20 else 33) for i in range(60)))
+
+    asyncio.run(all_users())
+    metrics = engine.metrics()
+    assert (metrics.num_finished, metrics.num_waiting, metrics.num_decoding) == (2000, 0, 0)
+    assert len(given_out) == 2000
+    assert metrics.num_generated_tokens == sum(given_out)
+    assert metrics.mean_batch_size > 4
+    assert num_held(engine) == taken
+    check_references(engine, taken)

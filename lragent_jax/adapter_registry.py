@@ -80,6 +80,12 @@ class AdapterRegistry:
             raise AdapterError(f"unknown agent {name!r}; there are: {known} (None is the base model)")
         return self._loaded[name]
 
+    def find_content(self, content: str | None) -> LoadedAdapter | None:
+        """A loaded adapter by its content hash, None for the base model; None if there is none."""
+        if content is None:
+            return BASE_MODEL_ROW
+        return next((loaded for loaded in self._loaded.values() if loaded.keys.content == content), None)
+
     def group_row(self, key: PageKey) -> int:
         """The bank's row of A for the pages under a low-rank key."""
         for loaded in self._loaded.values():

@@ -27,7 +27,7 @@ def pages_written(request: Request, row: Row) -> frozenset[Hashable]:
     return frozenset(
         (key, names[index])
         for chunk in row.chunks
-        for key, run, write_from in zip(row.keys, row.written, chunk.write_from, strict=True)
+        for key, run, write_from in zip(chunk.runs.keys, chunk.runs.written, chunk.write_from, strict=True)
         if write_from < chunk.stop
         for index in range(write_from // run.page_size, min(-(-chunk.stop // run.page_size), len(names)))
     )

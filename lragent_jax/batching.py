@@ -153,9 +153,9 @@ class Batcher:
         while self._deferred:
             self._deferred.popleft()()
         self._trajectories.release_abandoned()
-        if self._cache.recover():  # token ids survive: whoever reads a trajectory next runs it again
+        if self._cache.recover():  # token ids and writers survive: it is rebuilt as it was when it is read next
             for trajectory in self._trajectories:
-                trajectory.drop(lambda key: False)
+                trajectory.pages_lost()
         if self._cache.num_losses != self._num_losses:
             self._num_losses = self._cache.num_losses
             self._restart()
@@ -199,6 +199,7 @@ class Batcher:
             self._executor.share([request.row])
             assert request.slot is not None
             self._free_slots.append(request.slot)
+            trajectory.let_go()
             request.row = request.slot = None
             del self._running[request.id]
         elif request in self._waiting:
@@ -224,7 +225,7 @@ class Batcher:
     def _preempt(self, request: Request) -> None:
         """Takes a request's pages for others."""
         self._suspend(request)
-        request.trajectory.drop(lambda key: False)
+        request.trajectory.preempt()
         self.metrics.num_preempted += 1
 
     # A step.
@@ -259,7 +260,7 @@ class Batcher:
                 self._admit(self._by_id(id), opened)
         finally:
             for left in opened.values():
-                left.row.give_up_reused()
+                self._close(left)
         self._stuck = self._stuck or (not is_full and not plan.admitted and bool(self._running))
         num_in_flight = len(self._in_flight)
         read = [self._prefill([self._running[id] for id in ids if id in self._running]) for ids in plan.prefill]
@@ -315,7 +316,7 @@ class Batcher:
                 self._fail(request, error)
                 continue
             pages = self._cache.pages_needed(row.claims)
-            for pool, count in row.row.num_reused_pages().items():
+            for pool, count in row.row.num_pinned_pages().items():
                 pages[pool] += count
             yield WaitingRequest(
                 id=request.id,
@@ -335,15 +336,20 @@ class Batcher:
             num_tokens = min(num_tokens, self._reserved_tokens)
         return _Opened(row, self._executor.plan(row, num_tokens), num_tokens)
 
+    def _close(self, opened: _Opened) -> None:
+        opened.row.give_up_reused()
+        opened.row.trajectory.let_go()
+
     def _admit(self, request: Request, opened: dict[int, _Opened]) -> None:
         entry = opened[request.id]
+        self._cache.note_calls([entry.row.required_keys])
         try:
             self._cache.reserve(entry.claims)
         except OutOfPagesError as error:
             self._stuck = True
             if not self._running:
                 del opened[request.id]
-                entry.row.give_up_reused()
+                self._close(entry)
                 self._fail(request, error)
             return
         del opened[request.id]

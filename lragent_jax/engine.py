@@ -90,6 +90,7 @@ class Engine:
             prefix_cache=self.options.prefix_cache,
         )
         self._trajectories = LiveTrajectories()
+        self._cache.holders = self._trajectories
         limits = Limits(
             batch_size=self.options.max_batch_size,
             token_budget=self.options.prefill_tokens,
@@ -224,17 +225,25 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
 
+        What it wrote into pages that others read stays, as long as its trajectory is open: without the adapter it could
+        not be rebuilt, and no call may evict it. What had been evicted before is run by whoever reads it next.
+
         Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
         """
         with self.batcher.exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
                 with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
                     held.enter_context(trajectory.extending())
+            content = self._registry.find(name).keys.content
             self._registry.remove(name)
             in_use = self._keys_in_use()
             for trajectory in self._trajectories:
                 trajectory.drop(lambda key: key in in_use)
             self._cache.prefixes.drop(lambda key: key in in_use)
+            if content is not None and self._registry.find_content(content) is None:
+                for trajectory in self._trajectories:
+                    trajectory.writer_unloaded(content)
+                self._cache.prefixes.writer_unloaded(content)
 
     # Calls.
 

@@ -4,51 +4,33 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from lragent_jax import generation
 from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
+from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.generation import NEVER, Slots
 from lragent_jax.models.cache_view import PageTable, RecomputedPages
 from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
+from lragent_jax.prefix_tree import Reused
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
 from lragent_jax.scheduler import batch_size
-from lragent_jax.sharing import PageKey, PoolName, Sharing
+from lragent_jax.sharing import PoolName, Sharing
 from lragent_jax.trajectory import Trajectory
 
 
-@dataclasses.dataclass
-class Row:
+@dataclasses.dataclass(eq=False)
+class Row(AdapterRuns):
     """One trajectory under one adapter, for the length of a call."""
 
-    trajectory: Trajectory
-    adapter: LoadedAdapter
-    writer: LoadedAdapter  # the adapter, or the empty one of passes that write for all agents
-    base_run: PageRun
-    recomputed_run: PageRun | None
-    low_rank_runs: list[PageRun]
-    group_rows: list[int]  # the bank's A-group of each low-rank run
-    reads_low_rank: bool  # whether the first of them is the adapter's own
-    keys: list[PageKey]  # of the written runs
-    reused: list[tuple[PageRun, list[int]]] = dataclasses.field(default_factory=list)  # pages from the prefix cache
-    chunks: list[Chunk] = dataclasses.field(default_factory=list)
-
-    @property
-    def full_rank_runs(self) -> list[PageRun]:
-        return [self.base_run] if self.recomputed_run is None else [self.base_run, self.recomputed_run]
-
-    @property
-    def written(self) -> list[PageRun]:
-        return [*self.full_rank_runs, *self.low_rank_runs]
-
-    @property
-    def required(self) -> list[PageRun]:
-        return [*self.full_rank_runs, *self.low_rank_runs[: int(self.reads_low_rank)]]
+    reused: list[Reused] = dataclasses.field(default_factory=list)  # pages from the prefix cache
+    chunks: list[Chunk[AdapterRuns]] = dataclasses.field(default_factory=list)
 
     @property
     def is_read_apart(self) -> bool:
@@ -63,15 +45,17 @@ class Row:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens that were not run."""
-        run = {position for chunk in self.chunks for position in range(chunk.start, chunk.stop)}
-        return self.chunks[-1].stop - len(run)
+        num_run = end = 0
+        for chunk in self.chunks:  # none begins in front of a gap that an earlier one left
+            num_run += max(chunk.stop - max(chunk.start, end), 0)
+            end = max(end, chunk.stop)
+        return end - num_run
 
-    def num_reused_pages(self) -> collections.Counter[PoolName]:
-        """Pages that came from the prefix cache and that nobody else holds."""
+    def num_pinned_pages(self) -> collections.Counter[PoolName]:
+        """Pages that nobody could have while the row is open, though nobody but it and the prefix cache holds them."""
         counts: collections.Counter[PoolName] = collections.Counter()
-        keys = {id(run): key for key, run in zip(self.keys, self.written, strict=True)}
-        for run, indices in self.reused:
-            counts[keys[id(run)].pool] += sum(run.pool.num_references(run.page(index)) == 2 for index in indices)
+        for key, run in zip(self.keys, self.written, strict=True):
+            counts[key.pool] += sum(page != HOLE and run.pool.num_references(page) <= 2 for page in run.pages)
         return counts
 
     def num_new_pages(self, start: int, stop: int) -> dict[PoolName, int]:
@@ -81,31 +65,30 @@ class Row:
         num_runs: collections.Counter[PoolName] = collections.Counter(key.pool for key in self.keys)
         return {pool: count * num_pages for pool, count in num_runs.items()}
 
-    def runner(self, chunk: Chunk) -> LoadedAdapter:
-        """Who runs a chunk: the writer if it writes anything, otherwise the row's adapter, as a query."""
-        return self.writer if chunk.writes else self.adapter
-
     def release_unused(self) -> None:
         """Returns the pages that were reserved and not needed."""
-        for run in self.written:
-            run.truncate(len(self.trajectory))
+        self.trajectory.release_unused()
 
     def give_up_reused(self) -> None:
         """Returns what the prefix cache had: the call is not going to run."""
-        for run, indices in self.reused:
-            run.give_up(indices)
+        while self.reused:
+            self.reused.pop().give_back()
 
     def share(self) -> None:
         """Lets other contexts with the same beginning have what is on its full pages."""
-        self.trajectory.share(dict(zip(self.keys, self.written, strict=True)))
-
-    def commit_chunk(self, chunk: Chunk) -> None:
-        for run, write_from in zip(self.written, chunk.write_from, strict=True):
-            run.commit(write_from, chunk.stop, self.writer.keys.content)
+        self.trajectory.share()
 
     def commit(self, start: int, stop: int) -> None:
+        """Records that the row has written tokens [start, stop)."""
         for run in self.written:
-            run.commit(start, stop, self.writer.keys.content)
+            run.commit(start, stop, self.writer_content)
+
+    def preempt(self) -> None:
+        """Lets all its pages go, in the middle of the call; see `Trajectory.preempt`.
+
+        Whoever goes on with the call opens a row anew, whose plan rebuilds what was written as it was.
+        """
+        self.trajectory.preempt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +134,35 @@ class Executor:
         self.slots = Slots.empty(max_batch_size)
 
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
-        """The row, with every page that its runs lack and somebody else has written for the same tokens."""
+        """The row, with every page that its runs lack and somebody else has written for the same tokens.
+
+        Its pages stay until the trajectory is preempted or its `extending` ends.
+        """
+        row = Row(**self._runs(trajectory, adapter))
+        row.reused = self._open(row)
+        return row
+
+    def _runs(self, trajectory: Trajectory, adapter: LoadedAdapter) -> dict[str, Any]:
+        """The fields of `AdapterRuns`."""
         own = self.sharing.low_rank_key(adapter.keys)
         low_rank = self.sharing.written_low_rank_keys(adapter.keys, self.registry.keys)
         recomputed = self.sharing.recomputed_key(adapter.keys) if self.cache.recomputed_layers else None
         base = self.sharing.base_key(adapter.keys)
-        keys = [base, *([] if recomputed is None else [recomputed]), *low_rank]
-        return Row(
-            trajectory=trajectory,
-            adapter=adapter,
-            writer=BASE_MODEL_ROW if self.sharing.writes_without_adapter else adapter,
-            base_run=trajectory.run(base),
-            recomputed_run=None if recomputed is None else trajectory.run(recomputed),
-            low_rank_runs=[trajectory.run(key) for key in low_rank],
-            group_rows=[self.registry.group_row(key) for key in low_rank],
-            reads_low_rank=own is not None,
-            keys=keys,
-            reused=trajectory.reuse({key: trajectory.run(key) for key in keys}),
-        )
+        return {
+            "trajectory": trajectory,
+            "adapter": adapter,
+            "writer": BASE_MODEL_ROW if self.sharing.writes_without_adapter else adapter,
+            "base_run": trajectory.run(base),
+            "recomputed_run": None if recomputed is None else trajectory.run(recomputed),
+            "low_rank_runs": [trajectory.run(key) for key in low_rank],
+            "group_rows": [self.registry.group_row(key) for key in low_rank],
+            "reads_low_rank": own is not None,
+            "keys": [base, *([] if recomputed is None else [recomputed]), *low_rank],
+        }
+
+    def _open(self, runs: AdapterRuns) -> list[Reused]:
+        by_key = dict(zip(runs.keys, runs.written, strict=True))
+        return runs.trajectory.open(by_key, beside=self.sharing.keys_rest_on_each_other)
 
     def share(self, rows: Sequence[Row]) -> None:
         """Lets other contexts that begin like these rows have their full pages, if the engine is to."""
@@ -176,29 +170,48 @@ class Executor:
             row.share()
 
     def reserve(self, rows: Sequence[Row], num_new_tokens: Sequence[int]) -> None:
-        """Plans the rows' prefill and gives them pages, for so many new tokens each; all of them or none."""
+        """Plans the rows' prefill and gives them pages, for so many new tokens each; all of them or none.
+
+        Raises `OutOfPagesError`, and changes nothing, if even without everything that may be evicted too few are free.
+        """
+        self.cache.note_calls([row.required_keys for row in rows])
         try:
-            self.cache.reserve(claim for row, count in zip(rows, num_new_tokens, strict=True)
-                               for claim in self.plan(row, count))  # fmt: skip
+            self.cache.reserve([claim for row, count in zip(rows, num_new_tokens, strict=True)
+                                for claim in self.plan(row, count)])  # fmt: skip
         except OutOfPagesError:
             for row in rows:
                 row.give_up_reused()
             raise
 
     def plan(self, row: Row, num_new_tokens: int) -> list[Claim]:
-        """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens."""
-        length = len(row.trajectory)
-        row.chunks = plan_chunks(length, row.required, row.written, self.prefill_buckets, read_apart=row.is_read_apart)
+        """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens.
+
+        What the trajectory has on record and on no page comes first, under the adapters that wrote it.
+        """
+        length, writers = len(row.trajectory), dict[str | None, AdapterRuns | None]()
+
+        def writer_of(content: str | None) -> AdapterRuns | None:
+            if content not in writers:
+                adapter = self.registry.find_content(content)
+                writers[content] = None if adapter is None else self._open_writer(row, adapter)
+            return writers[content]
+
+        row.chunks = plan_chunks(length, row, writer_of, self.prefill_buckets, read_apart=row.is_read_apart)
         claims = [
             Claim(run, write_from, chunk.stop)
             for chunk in row.chunks
-            for run, write_from in zip(row.written, chunk.write_from, strict=True)
+            for run, write_from in zip(chunk.runs.written, chunk.write_from, strict=True)
         ]
         return claims + [Claim(run, length, length + num_new_tokens) for run in row.written]
 
-    def chunks(self, row: Row, length: int) -> list[Chunk]:
-        """What brings the row's pages up to `length` tokens."""
-        return plan_chunks(length, row.required, row.written, self.prefill_buckets)
+    def _open_writer(self, row: Row, adapter: LoadedAdapter) -> AdapterRuns:
+        runs = AdapterRuns(**self._runs(row.trajectory, adapter))
+        row.reused += self._open(runs)
+        return runs
+
+    def chunks(self, row: Row, length: int) -> list[Chunk[AdapterRuns]]:
+        """What brings the row's pages up to `length` tokens, of which nobody has run those that are missing."""
+        return plan_chunks(length, row, lambda content: None, self.prefill_buckets)
 
     def pools_read(self, adapter: LoadedAdapter) -> list[PoolName]:
         """The pools that hold a whole context which this adapter reads."""
@@ -221,27 +234,32 @@ class Executor:
         assert logits is not None
         return logits
 
-    def run_chunks(self, rows: Sequence[Row], chunks: Sequence[Chunk | None]) -> tuple[jax.Array, jax.Array]:
-        """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states [B, T, D]."""
+    def run_chunks(
+        self, rows: Sequence[Row], chunks: Sequence[Chunk[AdapterRuns] | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states [B, T, D].
+
+        A chunk may run under another adapter than its row, to rebuild what that one wrote.
+        """
         batch = batch_size(len(rows))
         num_tokens = bucket_for(max(chunk.num_tokens for chunk in chunks if chunk), self.prefill_buckets)
         tokens, adapter_ids = np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32)
-        table = self._table(rows, batch)
+        table = self._table([chunk.runs if chunk else row for row, chunk in zip(rows, chunks, strict=True)], batch)
         for b, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             if chunk is None:
                 continue
             tokens[b, : chunk.num_tokens] = row.trajectory.ids_between(chunk.start, chunk.stop)
             table.q_starts[b], table.kv_lens[b] = chunk.start, chunk.stop
-            _set_write_from(table, b, row, chunk.write_from)
-            adapter_ids[b] = row.runner(chunk).bank_row
+            _set_write_from(table, b, chunk.runs, chunk.write_from)
+            adapter_ids[b] = _runner(chunk).bank_row
         write_base = any(chunk.write_from[0] < chunk.stop for chunk in chunks if chunk)
         logits, hidden = self._prefill(tokens, adapter_ids, table, write_base)
-        for row, chunk in zip(rows, chunks, strict=True):
+        for chunk in chunks:
             if chunk is not None:
-                row.commit_chunk(chunk)
+                _commit(chunk)
         return logits, hidden
 
-    def read_chunk(self, row: Row, chunk: Chunk) -> jax.Array:
+    def read_chunk(self, row: Row, chunk: Chunk[AdapterRuns]) -> jax.Array:
         """Runs a chunk of one row; the hidden states [1, T, D] that the row's adapter has there."""
         _, hidden = self.run_chunks([row], [chunk])
         if row.is_read_apart:
@@ -301,7 +319,7 @@ class Executor:
         padded[: len(slot_ids)] = [self.max_batch_size if slot is None else slot for slot in slot_ids]
         return padded
 
-    def _table(self, rows: Sequence[Row], batch: int) -> PageTable:
+    def _table(self, rows: Sequence[AdapterRuns], batch: int) -> PageTable:
         """The rows' pages, with lengths and write-from positions that run and write nothing yet."""
         width = max((len(run.pages) for row in rows for run in row.written), default=1)
         width = bucket_for(max(width, 1), self.table_widths)
@@ -335,7 +353,7 @@ class Executor:
             recomputed=recomputed if layers else None,
         )
 
-    def _num_low_rank_tables(self, rows: Sequence[Row]) -> int:
+    def _num_low_rank_tables(self, rows: Sequence[AdapterRuns]) -> int:
         """One, or enough for all A-groups: two numbers, so that programs stay few."""
         if not self.cache.low_rank_ranks:
             return 0
@@ -392,11 +410,21 @@ def _padded(values: Sequence[int], batch: int) -> np.ndarray:
     return padded
 
 
+def _runner(chunk: Chunk[AdapterRuns]) -> LoadedAdapter:
+    """Who runs a chunk: the writer if it writes anything, otherwise the adapter, as a query."""
+    return chunk.runs.writer if chunk.writes else chunk.runs.adapter
+
+
+def _commit(chunk: Chunk[AdapterRuns]) -> None:
+    for run, write_from in zip(chunk.runs.written, chunk.write_from, strict=True):
+        run.commit(write_from, chunk.stop, chunk.runs.writer_content)
+
+
 def _indices(run: PageRun) -> list[int]:
     return [0 if page == HOLE else page for page in run.pages]
 
 
-def _set_write_from(table: PageTable, b: int, row: Row, write_from: Sequence[int]) -> None:
+def _set_write_from(table: PageTable, b: int, row: AdapterRuns, write_from: Sequence[int]) -> None:
     """Fills in the positions from which row `b` writes each of its runs."""
     table.base_write_from[b] = write_from[0]
     num_full_rank = len(row.full_rank_runs)

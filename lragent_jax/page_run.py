@@ -1,21 +1,28 @@
 """The pages that hold one trajectory under one key: which tokens are on them, and who wrote each."""
 
+import bisect
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from lragent_jax.intervals import Interval, difference, intersection, union
 from lragent_jax.page_pool import PagePool
 
 HOLE = -1
-"""In place of a page that no token of the run has needed yet."""
+"""In place of a page that no token of the run has needed yet, or that went when others needed it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) that one writer ran. The writer is an adapter's content hash, None for the base model."""
+    """Tokens [start, stop) that one writer ran. The writer is an adapter's content hash, None for the base model.
+
+    `rebuildable` is False from the moment the writer is unloaded: what it read may go, and nobody can write the same
+    again, whatever is loaded later.
+    """
 
     start: int
     stop: int
     writer: str | None
+    rebuildable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,9 @@ class PageCopy:
 class PageRun:
     """Tokens of one trajectory on pages of one pool. Token i lies on page i // page_size.
 
-    Coverage may have holes: an A-group that was loaded late has the tokens written since, but not yet those before.
+    `spans` is the record: who wrote which tokens, be they on a page (`held`) or gone with it. A token that is recorded
+    and not held has to be rebuilt under its writer. The record may have holes: an A-group that was loaded late has the
+    tokens written since, but not yet those before.
     """
 
     def __init__(self, pool: PagePool, page_size: int):
@@ -37,19 +46,22 @@ class PageRun:
         self.page_size = page_size
         self.pages: list[int] = []
         self.spans: list[Span] = []
+        self.held: list[Interval] = []
 
-    def missing(self, stop: int) -> list[tuple[int, int]]:
-        """The intervals of [0, stop) that nobody has written."""
-        gaps, position = [], 0
-        for span in self.spans:
-            if span.start >= stop:
-                break
-            if span.start > position:
-                gaps.append((position, span.start))
-            position = span.stop
-        if position < stop:
-            gaps.append((position, stop))
-        return gaps
+    def missing(self, stop: int) -> list[Interval]:
+        """The intervals of [0, stop) that are on no page."""
+        return difference([(0, stop)], self.held)
+
+    def holds(self, position: int) -> bool:
+        """Whether the token is on a page."""
+        i = bisect.bisect_right(self.held, position, key=lambda interval: interval[0])
+        return i > 0 and position < self.held[i - 1][1]
+
+    def recorded(self, start: int, stop: int) -> list[Span]:
+        """Who wrote which of [start, stop), as far as anybody did."""
+        first = bisect.bisect_right(self.spans, start, key=lambda span: span.stop)
+        last = bisect.bisect_left(self.spans, stop, lo=first, key=lambda span: span.start)
+        return [_clipped(span, start, stop) for span in self.spans[first:last]]
 
     def page(self, index: int) -> int:
         """The page of tokens [index · page_size, (index + 1) · page_size), or `HOLE`."""
@@ -72,14 +84,21 @@ class PageRun:
         return copies
 
     def commit(self, start: int, stop: int, writer: str | None) -> None:
-        """Records that `writer` has written those of [start, stop) that were missing."""
-        missing = [(max(a, start), b) for a, b in self.missing(stop) if b > start]
-        self.spans = _joined([*self.spans, *(Span(a, b, writer) for a, b in missing)])
+        """Records that `writer` has written those of [start, stop) that were missing.
+
+        Where the page was lost meanwhile, the record is all that stays.
+        """
+        written = difference([(start, stop)], self.held)
+        self._record(Span(a, b, writer) for a, b in written)
+        size = self.page_size
+        on_pages = [(i * size, (i + 1) * size) for i in self._page_range(start, stop) if self.page(i) != HOLE]
+        self.held = union([*self.held, *intersection(written, on_pages)])
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from `length` on and releases every page that holds none of the rest."""
-        self.spans = [Span(s.start, min(s.stop, length), s.writer) for s in self.spans if s.start < length]
-        used = {index for span in self.spans for index in self._page_range(span.start, span.stop)}
+        self.spans = [_clipped(span, 0, length) for span in self.spans if span.start < length]
+        self.held = intersection(self.held, [(0, length)])
+        used = {index for start, stop in self.held for index in self._page_range(start, stop)}
         for index, page in enumerate(self.pages):
             if page != HOLE and index not in used:
                 self.pool.release(page)
@@ -87,14 +106,17 @@ class PageRun:
         del self.pages[max(used, default=-1) + 1 :]
 
     def page_spans(self, index: int) -> list[Span]:
-        """Who wrote which tokens of page `index`."""
-        start, stop = index * self.page_size, (index + 1) * self.page_size
-        inside = [span for span in self.spans if span.start < stop and span.stop > start]
-        return [Span(max(span.start, start), min(span.stop, stop), span.writer) for span in inside]
+        """Who wrote which tokens of page `index`, be it here or gone."""
+        return self.recorded(index * self.page_size, (index + 1) * self.page_size)
 
     def is_full(self, index: int) -> bool:
-        """Whether every token of page `index` has been written."""
-        return sum(span.stop - span.start for span in self.page_spans(index)) == self.page_size
+        """Whether page `index` is here with every token."""
+        start, stop = index * self.page_size, (index + 1) * self.page_size
+        return self.page(index) != HOLE and not difference([(start, stop)], self.held)
+
+    def can_rebuild(self, index: int) -> bool:
+        """Whether the tokens of page `index` could be written again as they are."""
+        return all(span.rebuildable for span in self.page_spans(index))
 
     def adopt(self, pages: Mapping[int, int], spans: Sequence[Span]) -> None:
         """Takes a share in pages that others have written, `spans` by whom, in place of holes."""
@@ -102,26 +124,52 @@ class PageRun:
             self.pool.share(page)
             self.pages.extend([HOLE] * (index + 1 - len(self.pages)))
             self.pages[index] = page
-        self.spans = _joined([*self.spans, *spans])
+        self.learn(spans)
+        size = self.page_size
+        self.held = union([*self.held, *((index * size, (index + 1) * size) for index in pages)])
+
+    def learn(self, spans: Iterable[Span]) -> None:
+        """Adds to the record what others have written, where it has nothing."""
+        self.spans = with_unrecorded(self.spans, spans)
 
     def give_up(self, indices: Collection[int]) -> None:
-        """Releases whole pages, and forgets the tokens on them."""
-        kept = [self.page_spans(index) for index in range(len(self.pages)) if index not in indices]
+        """Releases whole pages. The record stays, but for what nobody could write again."""
+        lost = [(index * self.page_size, (index + 1) * self.page_size) for index in sorted(indices)]
         for index in indices:
             self.pool.release(self.pages[index])
             self.pages[index] = HOLE
         while self.pages and self.pages[-1] == HOLE:
             self.pages.pop()
-        self.spans = _joined([span for spans in kept for span in spans])
+        gone = [(span.start, span.stop) for span in self.spans if not span.rebuildable]
+        self.spans = _without(self.spans, intersection(gone, lost))
+        self.held = difference(self.held, lost)
+
+    def restore(self, indices: Collection[int], spans: Sequence[Span]) -> None:
+        """Undoes `adopt` and `learn`: gives the pages back, and `spans` is the record that was there before."""
+        self.give_up(indices)
+        self.spans = list(spans)
+
+    def writer_unloaded(self, writer: str) -> None:
+        """From now on nobody can write again what `writer` wrote: what is on no page is forgotten."""
+        written = [(span.start, span.stop) for span in self.spans if span.writer == writer]
+        kept = _without(self.spans, difference(written, self.held))
+        self.spans = _joined(unrebuildable(span, writer) for span in kept)
 
     def fork(self) -> "PageRun":
         """A second run over the same pages; whoever writes to one of them first takes a copy."""
         other = PageRun(self.pool, self.page_size)
-        other.pages, other.spans = list(self.pages), list(self.spans)
+        other.pages, other.spans, other.held = list(self.pages), list(self.spans), list(self.held)
         for page in other.pages:
             if page != HOLE:
                 self.pool.share(page)
         return other
+
+    def _record(self, spans: Iterable[Span]) -> None:
+        """Puts spans in the place of what was recorded for their tokens."""
+        spans = list(spans)
+        if spans:
+            kept = _without(self.spans, union((span.start, span.stop) for span in spans))
+            self.spans = _joined([*kept, *spans])
 
     def _page_range(self, start: int, stop: int) -> range:
         return range(start // self.page_size, -(-stop // self.page_size)) if stop > start else range(0)
@@ -131,13 +179,35 @@ class PageRun:
         return page == HOLE or self.pool.num_references(page) > 1
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
+def with_unrecorded(known: Sequence[Span], spans: Iterable[Span]) -> list[Span]:
+    """A record with what others say about tokens that it does not have."""
+    return _joined([*known, *_without(spans, [(span.start, span.stop) for span in known])])
+
+
+def unrebuildable(span: Span, writer: str) -> Span:
+    """The span as it is once `writer` is unloaded."""
+    return dataclasses.replace(span, rebuildable=False) if span.writer == writer else span
+
+
+def _clipped(span: Span, start: int, stop: int) -> Span:
+    return dataclasses.replace(span, start=max(span.start, start), stop=min(span.stop, stop))
+
+
+def _without(spans: Iterable[Span], positions: list[Interval]) -> list[Span]:
+    return [
+        dataclasses.replace(span, start=a, stop=b)
+        for span in spans
+        for a, b in difference([(span.start, span.stop)], positions)
+    ]
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
     """The same tokens in order, one span where a writer goes on."""
     joined: list[Span] = []
     for span in sorted(spans, key=lambda span: span.start):
         last = joined[-1] if joined else None
-        if last and last.stop == span.start and last.writer == span.writer:
-            joined[-1] = Span(last.start, span.stop, span.writer)
+        if last and (last.stop, last.writer, last.rebuildable) == (span.start, span.writer, span.rebuildable):
+            joined[-1] = dataclasses.replace(last, stop=span.stop)
         else:
             joined.append(span)
     return joined

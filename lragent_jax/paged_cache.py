@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lragent_jax.eviction import choose_victims, recompute_flop
+from lragent_jax.adapter_use import AdapterUse
+from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
@@ -35,13 +36,15 @@ _SIZE_OPTIONS: dict[PoolName, str] = {
 class PoolStats:
     """Pages of one pool and the device memory they stand for.
 
-    `pages_used` are held by trajectories. `pages_cached` are held by nobody else than the prefix cache, which gives
-    them up when a call needs them: such a call can have `pages_free + pages_cached`.
+    `pages_used` are held by trajectories that are open. `pages_idle` of them are those that no running call reads, and
+    that can be rebuilt: they go when a call needs them. `pages_cached` are held by nobody else than the prefix cache,
+    and go likewise: a call can have `pages_free + pages_cached + pages_idle`.
     """
 
     pages_used: int
     pages_free: int
     pages_cached: int
+    pages_idle: int
     bytes_per_page: int
 
     @property
@@ -82,6 +85,8 @@ class PagedCache:
     `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
     cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
     arrays holds `lock`.
+
+    `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
     """
 
     def __init__(
@@ -106,6 +111,8 @@ class PagedCache:
             "low_rank": PagePool(num_low_rank_pages),
         }
         self.prefixes = PrefixTree(page_size)
+        self.holders: Iterable[Holder] = ()
+        self.use = AdapterUse()
         self.num_losses = 0
         self.arrays = self._allocate()
 
@@ -146,9 +153,13 @@ class PagedCache:
     def new_run(self, key: PageKey) -> PageRun:
         return PageRun(self.pools[key.pool], self.page_size)
 
+    def note_calls(self, rows: Sequence[Iterable[PageKey]]) -> None:
+        """Rows have begun that read these keys: eviction weighs pages by the use of their adapters."""
+        self.use.note(rows, batch_size=sum(bool(holder.reading) for holder in self.holders))
+
     def pages_available(self) -> dict[PoolName, int]:
-        """Pages of every pool that are free, or that only the prefix cache holds."""
-        return {name: pool.num_free + self._num_cached(pool) for name, pool in self.pools.items()}
+        """Pages of every pool that are free, or that go when a call needs them."""
+        return {name: pool.num_free + sum(self._num_evictable(pool)) for name, pool in self.pools.items()}
 
     def pages_needed(self, claims: Iterable[Claim]) -> dict[PoolName, int]:
         """How many of every pool `reserve` would take for these claims."""
@@ -169,7 +180,9 @@ class PagedCache:
     def reserve(self, claims: Iterable[Claim]) -> None:
         """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing.
 
-        If too few are free, pages that only the prefix cache holds go, as many as it takes.
+        If too few are free, others go, as many as it takes: of the prefix cache, and of trajectories that no call is
+        extending, whose record stays so that they are rebuilt. A tier of host memory would be filled here, from the
+        pages that `_evict` chooses, and read by `PrefixTree.reuse`, before anything is run again.
         """
         claims = [claim for claim in claims if claim.stop > claim.start]
         self._evict(_writers(claims))
@@ -187,9 +200,11 @@ class PagedCache:
         }
         if not needs:
             return
+        reading = {key for holder in self.holders for key in holder.reading}
         victims, num_freed = choose_victims(
-            self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index)
-        )
+            self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index),
+            holders=self.holders, use=lambda key: 1.0 if key in reading else self.use.expected(key),
+        )  # fmt: skip
         for name, (pool, num_missing) in needs.items():
             if num_freed[name] < num_missing:
                 raise OutOfPagesError(
@@ -197,8 +212,7 @@ class PagedCache:
                     f"{pool.num_free + num_freed[name]} of {pool.num_pages} are free: close trajectories, lower "
                     f"max_new_tokens, or build the engine with a larger {_SIZE_OPTIONS[name]}"
                 )
-        for node, key in victims:
-            self.prefixes.remove(node, key)
+        evict(self.prefixes, victims)
 
     def grow_low_rank(self, num_pages: int, low_rank_ranks: Mapping[str, int]) -> None:
         """Makes room for more pages or larger ranks; what is cached stays valid.
@@ -250,12 +264,23 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            cached = self._num_cached(pool)
-            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, bytes_per_page[name])
+            cached, idle = self._num_evictable(pool)
+            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, idle, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
 
-    def _num_cached(self, pool: PagePool) -> int:
-        return sum(pool.num_references(page.page) == 1 for page in self.prefixes.pages(pool))
+    def _num_evictable(self, pool: PagePool) -> tuple[int, int]:
+        """Pages that only the prefix cache holds, and those that trajectories could let go."""
+        in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
+        idle = self._idle_pages(pool)
+        cached = sum(pool.num_references(page) == 1 for page in in_tree)
+        return cached, sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
+
+    def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
+        """Pages that trajectories could let go, and how many of them hold each."""
+        runs = [run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool]
+        return collections.Counter(
+            page for run in runs for index, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(index)
+        )
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
         config, pools = self.config, []

@@ -5,34 +5,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lragent_jax.page_pool import PagePool
-from lragent_jax.page_run import HOLE, PageRun, Span
+from lragent_jax.page_run import HOLE, PageRun, Span, unrebuildable, with_unrecorded
 from lragent_jax.sharing import PageKey
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class CachedPage:
-    """A page that the tree holds, who wrote its tokens, and how often and when calls have used it."""
+    """A page that the tree holds, and how often and when calls have used it."""
 
     pool: PagePool
     page: int
-    spans: tuple[Span, ...]
     visits: int
     last_used: float
 
 
 class PageNode:
-    """A page of token ids behind those of its ancestors, and the page that holds them under each key.
+    """A page of token ids behind those of its ancestors, the page that holds them under each key, and who wrote them.
 
-    A key that a node has, its parent has too; and only a node with a base page has pages of other pools.
+    A key that a node has a page of, its parent has one of, too; and only a node with a base page has pages of other
+    pools. `spans` is the record: it stays when a page goes.
     """
 
-    __slots__ = ("children", "index", "pages", "parent", "token_ids")
+    __slots__ = ("children", "index", "pages", "parent", "spans", "token_ids")
 
     def __init__(self, parent: "PageNode | None", token_ids: tuple[int, ...]):
         self.parent, self.token_ids = parent, token_ids
         self.index: int = -1 if parent is None else parent.index + 1
         self.children: dict[tuple[int, ...], PageNode] = {}
         self.pages: dict[PageKey, CachedPage] = {}
+        self.spans: dict[PageKey, tuple[Span, ...]] = {}
 
     def descendants(self) -> Iterator["PageNode"]:
         """All nodes below this one, parents first."""
@@ -47,12 +48,25 @@ Path = list[PageNode]
 """The nodes of a context's first pages, as far as they were found: where the next search begins."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Reused:
+    """What a run was given: which of its pages, and its record as it was before."""
+
+    run: PageRun
+    indices: list[int]
+    spans_before: list[Span]
+
+    def give_back(self) -> None:
+        """Makes the run what it was."""
+        self.run.restore(self.indices, self.spans_before)
+
+
 class PrefixTree:
     """Beginnings of contexts that were read before, from position 0, under every key.
 
     The tree holds a reference to each of its pages, so they outlive the trajectories that wrote them. Token ids are
     compared one by one, keys hold an adapter's content and never a name. What a page holds depends on who wrote the
-    tokens in front of it, in every run that its writer reads: contexts that disagree with the tree about that neither
+    tokens in front of it, in every run that its writer read: contexts that disagree with the tree about that neither
     take from it nor add to it behind the place, so that writers alone decide what an agent reads.
 
     `clock` tells seconds, for eviction. Whoever calls a method holds the cache's lock.
@@ -71,42 +85,54 @@ class PrefixTree:
         return [cached for node in self.nodes() for cached in node.pages.values() if cached.pool is pool]
 
     def reuse(
-        self, path: Path, token_ids: Sequence[int], runs: Mapping[PageKey, PageRun]
-    ) -> list[tuple[PageRun, list[int]]]:
+        self,
+        path: Path,
+        token_ids: Sequence[int],
+        runs: Mapping[PageKey, PageRun],
+        beside: Callable[[PageKey], PageRun] | None = None,
+    ) -> list[Reused]:
         """Gives each of a context's runs the pages that it lacks and the tree has, with their writers.
 
-        What a run holds stays. Returns the indices of what was added to which run. Brings `path` up to date.
+        What a run holds or has begun stays. `beside`: the context's runs under other keys. They get no pages, but the
+        record: what was written under one key may rest on what its writer read under another. Returns what to give
+        back if nothing comes of it. Brings `path` up to date.
         """
         self._follow(path, token_ids)
         now = self.clock()
-        found: dict[PageKey, dict[int, CachedPage]] = {key: {} for key in runs}
+        others: dict[PageKey, PageRun] = {}
+        pages: dict[PageKey, dict[int, CachedPage]] = {key: {} for key in runs}
+        records: dict[PageKey, list[Span]] = {}
         for node in path:
-            if not all(_agree(run, node.index, node.pages.get(key)) for key, run in runs.items()):
+            if beside is not None:
+                others |= {key: beside(key) for key in node.spans if key not in runs and key not in others}
+            if not _may_take(runs, node) or not _agree(others, node):
                 break
-            for key, run in runs.items():
-                cached = node.pages.get(key)
-                if cached is None:
-                    continue
-                cached.visits, cached.last_used = cached.visits + 1, now
-                if run.page(node.index) == HOLE:
-                    found[key][node.index] = cached
-        for key, pages in found.items():
-            spans = [span for cached in pages.values() for span in cached.spans]
-            runs[key].adopt({index: cached.page for index, cached in pages.items()}, spans)
-        return [(runs[key], list(pages)) for key, pages in found.items() if pages]
+            for key, cached in node.pages.items():
+                if key in runs:
+                    cached.visits, cached.last_used = cached.visits + 1, now
+                    if runs[key].page(node.index) == HOLE:
+                        pages[key][node.index] = cached
+            for key, spans in node.spans.items():
+                if key in runs or key in others:
+                    records.setdefault(key, []).extend(spans)
+        reused = []
+        for key, run in (*runs.items(), *others.items()):
+            found, before = pages.get(key, {}), run.spans
+            run.adopt({index: cached.page for index, cached in found.items()}, records.get(key, []))
+            if found or run.spans != before:
+                reused.append(Reused(run, list(found), before))
+        return reused
 
     def insert(self, path: Path, token_ids: Sequence[int], runs: Mapping[PageKey, PageRun]) -> None:
-        """Adds the full pages of a context's runs, the base run first among them; `path` grows with them."""
+        """Adds the full pages of a context's runs, and what they have on record; `path` grows with them."""
         self._follow(path, token_ids)
+        runs = dict(sorted(runs.items(), key=lambda entry: entry[0].pool != "base"))
         for index in range(len(token_ids) // self.page_size):
             node = path[index] if index < len(path) else None
-            known = {} if node is None else node.pages
-            if not all(_agree(run, index, known.get(key)) for key, run in runs.items()):
+            if node is not None and not _agree(runs, node):
                 return
-            if node is not None and all(key in known for key in runs):
-                continue
             parent = path[index - 1] if index else self.root
-            new = self._new_pages(runs, parent, index, known)
+            new = self._new_pages(runs, parent, index, {} if node is None else node.pages)
             if node is None:
                 if not new:
                     return
@@ -117,6 +143,11 @@ class PrefixTree:
             for key, cached in new.items():
                 cached.pool.share(cached.page)
                 node.pages[key] = cached
+            for key, run in runs.items():
+                if _same_page(run, node, key) and key in node.spans and key not in new:
+                    continue
+                if recorded := with_unrecorded(node.spans.get(key, ()), run.page_spans(index)):
+                    node.spans[key] = tuple(recorded)
 
     def remove(self, node: PageNode, key: PageKey) -> None:
         """Lets go of a page that no child has under its key; of a base page, with all that is read beside it."""
@@ -131,11 +162,19 @@ class PrefixTree:
             node.parent = None
 
     def drop(self, keys_in_use: Callable[[PageKey], bool]) -> None:
-        """Lets go of every page whose key is out of use."""
+        """Lets go of every page whose key is out of use, and of what is on record about it."""
         for node in reversed(list(self.nodes())):
             for key in [key for key in node.pages if not keys_in_use(key)]:
                 if key in node.pages:
                     self.remove(node, key)
+            node.spans = {key: spans for key, spans in node.spans.items() if keys_in_use(key)}
+
+    def writer_unloaded(self, writer: str) -> None:
+        """From now on nobody can write again what `writer` wrote: what is on no page is forgotten."""
+        for node in self.nodes():
+            for key, spans in list(node.spans.items()):
+                kept = spans if key in node.pages else [span for span in spans if span.writer != writer]
+                node.spans[key] = tuple(unrebuildable(span, writer) for span in kept)
 
     def _follow(self, path: Path, token_ids: Sequence[int]) -> None:
         """Takes nodes that were evicted off the path's end, and adds those that have come."""
@@ -158,13 +197,45 @@ class PrefixTree:
             follows = parent is self.root or key in parent.pages
             has_base = key.pool == "base" or any(other.pool == "base" for other in (*known, *new))
             if key not in known and follows and has_base and run.is_full(index):
-                new[key] = CachedPage(run.pool, run.page(index), tuple(run.page_spans(index)), 1, self.clock())
+                new[key] = CachedPage(run.pool, run.page(index), 1, self.clock())
         return new
 
 
-def _agree(run: PageRun, index: int, cached: CachedPage | None) -> bool:
-    """Whether a run's page may stand in the place of the tree's: it lacks one of the two, or the writers are equal."""
-    page = run.page(index)
-    if page == HOLE or cached is None or page == cached.page:
-        return True
-    return tuple(run.page_spans(index)) == cached.spans
+def _same_page(run: PageRun, node: PageNode, key: PageKey) -> bool:
+    cached = node.pages.get(key)
+    return cached is not None and run.page(node.index) == cached.page
+
+
+def _agree(runs: Mapping[PageKey, PageRun], node: PageNode) -> bool:
+    """Whether nothing speaks against one history behind a context's page and the node's: no token has two writers."""
+    return all(
+        key not in node.spans or _same_page(run, node, key) or _consistent(run.page_spans(node.index), node.spans[key])
+        for key, run in runs.items()
+    )
+
+
+def _may_take(runs: Mapping[PageKey, PageRun], node: PageNode) -> bool:
+    """Whether runs may go on with the node's pages: they agree, and have not begun a page that the node has more of."""
+    for key, run in runs.items():
+        known = node.spans.get(key, ())
+        if not known or _same_page(run, node, key):
+            continue
+        own = run.page_spans(node.index)
+        if own and not (_consistent(own, known) and _num_common(own, known) == _num_tokens(known)):
+            return False
+    return True
+
+
+def _consistent(own: Sequence[Span], known: Sequence[Span]) -> bool:
+    return all(
+        (a.writer, a.rebuildable) == (b.writer, b.rebuildable)
+        for a in own for b in known if max(a.start, b.start) < min(a.stop, b.stop)
+    )  # fmt: skip
+
+
+def _num_common(own: Sequence[Span], known: Sequence[Span]) -> int:
+    return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a in own for b in known)
+
+
+def _num_tokens(spans: Sequence[Span]) -> int:
+    return sum(span.stop - span.start for span in spans)

@@ -77,6 +77,11 @@ class Sharing:
         """Whether a token may fill low-rank pages of more than one A-group."""
         return self.mode in ("base_lr", "pre_lr", "rebase")
 
+    @property
+    def keys_rest_on_each_other(self) -> bool:
+        """Whether what is written under one key may have been shaped by what its writer read under another."""
+        return self.mode != "none"
+
     def base_key(self, adapter: AdapterKeys) -> PageKey:
         return PageKey("base", adapter.content if self.mode == "none" else None)
 

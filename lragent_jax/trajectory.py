@@ -4,14 +4,14 @@ import collections
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lragent_jax.models.errors import InputError, TrajectoryBusyError, TrajectoryClosedError
-from lragent_jax.page_run import PageRun, Span
+from lragent_jax.page_run import HOLE, PageRun, Span
 from lragent_jax.paged_cache import PagedCache
-from lragent_jax.prefix_tree import Path
+from lragent_jax.prefix_tree import Path, Reused
 from lragent_jax.sharing import PageKey
 
 Encode = Callable[[str, bool], list[int]]
@@ -66,6 +66,8 @@ class Trajectory:
         self._ids: list[int] = []
         self._runs: dict[PageKey, PageRun] = {}
         self._path: Path = []
+        self._reading: set[PageKey] = set()
+        self.visits, self.last_used = 1, cache.prefixes.clock()
         self._extending = threading.Lock()
         self._closed = False
         self._live = live
@@ -86,7 +88,10 @@ class Trajectory:
 
     @property
     def writers(self) -> list[Span]:
-        """Who ran which tokens of the base cache, where it is shared; see `PageRun.spans`."""
+        """Who ran which tokens of the base cache, where it is shared; those whose pages went are rebuilt like that.
+
+        See `PageRun.spans`.
+        """
         run = self._runs.get(PageKey("base", None))
         return [] if run is None else list(run.spans)
 
@@ -151,6 +156,7 @@ class Trajectory:
         try:
             yield
         finally:
+            self._reading = set()
             self._extending.release()
 
     def is_in(self, cache: PagedCache) -> bool:
@@ -163,13 +169,62 @@ class Trajectory:
             self._runs[key] = self._cache.new_run(key)
         return self._runs[key]
 
-    def reuse(self, runs: Mapping[PageKey, PageRun]) -> list[tuple[PageRun, list[int]]]:
-        """Gives its runs what others have written of its beginning; see `PrefixTree.reuse`."""
-        return self._cache.prefixes.reuse(self._path, self._ids, runs)
+    @property
+    def reading(self) -> Collection[PageKey]:
+        """The keys that a call has open at the moment; eviction leaves their pages alone."""
+        return self._reading
 
-    def share(self, runs: Mapping[PageKey, PageRun]) -> None:
+    @property
+    def idle_runs(self) -> Mapping[PageKey, PageRun]:
+        """The runs whose pages may go when others need them."""
+        return {key: run for key, run in self._runs.items() if key not in self._reading}
+
+    def open(self, runs: Mapping[PageKey, PageRun], beside: bool) -> list[Reused]:
+        """Gives its runs what others have written of its beginning, and keeps their pages until the call ends.
+
+        `beside`: whether what is written under one key may rest on others. See `PrefixTree.reuse`.
+        """
+        self._reading = {*self._reading, *runs}
+        self.visits, self.last_used = self.visits + 1, self._cache.prefixes.clock()
+        return self._cache.prefixes.reuse(self._path, self._ids, runs, self.run if beside else None)
+
+    def share(self) -> None:
         """Lets others have the full pages of its runs; see `PrefixTree.insert`."""
-        self._cache.prefixes.insert(self._path, self._ids, runs)
+        self._cache.prefixes.insert(self._path, self._ids, self._runs)
+
+    def preempt(self) -> None:
+        """Lets all pages go, those of a running call too: it has to open the trajectory again before it goes on.
+
+        Who wrote what stays on record, and is rebuilt like that; only pages that nobody could write again stay here.
+        """
+        with self._cache.lock:
+            self._reading = set()
+            for run in self._runs.values():
+                run.truncate(len(self._ids))
+                run.give_up([i for i, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(i)])
+
+    def let_go(self) -> None:
+        """The call that holds it does not read it for now: eviction may have its pages."""
+        self._reading = set()
+
+    def pages_lost(self) -> None:
+        """The arrays are gone, and with them what is on every page."""
+        with self._cache.lock:
+            self._reading = set()
+            for run in self._runs.values():
+                run.give_up([i for i, page in enumerate(run.pages) if page != HOLE])
+
+    def writer_unloaded(self, writer: str) -> None:
+        """From now on nobody can write again what `writer` wrote; see `Span.rebuildable`."""
+        with self._cache.lock:
+            for run in self._runs.values():
+                run.writer_unloaded(writer)
+
+    def release_unused(self) -> None:
+        """Returns pages that were reserved and not needed."""
+        with self._cache.lock:
+            for run in self._runs.values():
+                run.truncate(len(self._ids))
 
     def ids_between(self, start: int, stop: int) -> list[int]:
         return self._ids[start:stop]

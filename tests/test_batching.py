@@ -157,17 +157,17 @@ def test_what_can_never_fit_is_refused_before_the_rest_is_run():
 
 
 def test_a_list_in_which_one_fails_leaves_nothing():
-    """One fits the pool and not beside what trajectories hold; the other has ended when that turns out."""
+    """A prompt fits the pool, but not what others leave of it, and the rest has ended when that turns out."""
     engine = engine_for("none")
-    holder, good = engine.trajectory().append([5] * 600), engine.trajectory().append(QUESTION)
-    engine.next_token_logits(holder, "plan")
-    if engine.cache_stats().base.pages_used < 75:
-        pytest.skip("pages of idle trajectories can be had")
-    with pytest.raises(OutOfPagesError, match="close trajectories"):
+    fill(engine, 20)
+    good, taken = engine.trajectory().append(QUESTION), num_held(engine)
+    with pytest.raises(OutOfPagesError, match="32 more base pages of 8 tokens, 20 of 96 are free: close trajectories"):
         engine.generate([good, [1] * 250], "plan", max_new_tokens=3)
     assert good.token_ids == QUESTION
-    holder.close()
-    assert len(engine.generate([good, [1] * 250], "plan", max_new_tokens=3)) == 2
+    assert engine.metrics().num_finished == 1
+    assert len(engine.generate(good, "plan", max_new_tokens=3).token_ids) == 3
+    good.close()
+    assert num_held(engine) == taken
 
 
 # A prefix that is just being read.

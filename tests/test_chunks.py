@@ -1,5 +1,7 @@
 """The plan of what to run: everything missing exactly once, in chunks that programs exist for."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,19 @@ def run_with(intervals) -> PageRun:
     return run
 
 
+@dataclasses.dataclass(eq=False)
+class Runs:
+    """What one adapter reads and writes."""
+
+    required: list[PageRun]
+    written: list[PageRun]
+    writer_content: str | None = None
+
+
+def nobody(content: str | None) -> None:
+    """No writer is loaded."""
+
+
 def covered(run: PageRun) -> set[int]:
     return {position for span in run.spans for position in range(span.start, span.stop)}
 
@@ -27,7 +42,7 @@ def covered(run: PageRun) -> set[int]:
 def test_a_plan_writes_every_missing_slot_once(length, runs, all_required):
     written = [run_with(intervals) for intervals in runs]
     required = written if all_required else written[:1]
-    chunks = plan_chunks(length, required, written, BUCKETS)
+    chunks = plan_chunks(length, Runs(required, written), nobody, BUCKETS)
     wanted = set().union(*(set(range(length)) - covered(run) for run in required))
     ran = [position for chunk in chunks for position in range(chunk.start, chunk.stop)]
     assert len(ran) == len(set(ran)), "a token runs twice"
@@ -42,13 +57,13 @@ def test_a_plan_writes_every_missing_slot_once(length, runs, all_required):
 
 def test_a_fully_read_context_runs_its_last_token_as_a_query():
     run = run_with([(0, 20)])
-    (chunk,) = plan_chunks(20, [run], [run], BUCKETS)
+    (chunk,) = plan_chunks(20, Runs([run], [run]), nobody, BUCKETS)
     assert (chunk.start, chunk.stop, chunk.write_from) == (19, 20, (20,))
 
 
 def test_little_of_a_chunk_is_padding():
     empty = run_with([])
     for length in range(1, 500):
-        chunks = plan_chunks(length, [empty], [empty], BUCKETS)
+        chunks = plan_chunks(length, Runs([empty], [empty]), nobody, BUCKETS)
         padded = sum(min(b for b in BUCKETS if b >= chunk.num_tokens) for chunk in chunks)
         assert padded <= 1.5 * length + BUCKETS[0]

@@ -80,15 +80,11 @@ class RecordedOracle(DenseOracle):
     def logits_of(self, engine: Engine, trajectory: Trajectory, agent: str | None) -> np.ndarray:
         context = Context(trajectory.token_ids)
         names = {adapter.content_hash: name for name, adapter in self.agents.items()} | {None: None}
-        # What pages rest on is in the tree if nobody has opened it here.
-        rows = [engine._executor.open_row(trajectory, engine._registry.find(name)) for name in names.values()]
         record: dict[int, dict] = {position: {} for position in range(len(trajectory))}
         for key, run in trajectory._runs.items():
             for span in run.spans:
                 for position in range(span.start, span.stop):
                     record[position][self._name(key, names)] = names[span.writer]
-        for row in rows:
-            row.give_up_reused()
         for position, writer_of in record.items():
             base_first = sorted(writer_of, key=lambda key: key[0] != "base")
             for writer in dict.fromkeys(writer_of[key] for key in base_first):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lragent_jax.eviction import choose_victims, recompute_flop, worth
+from lragent_jax.eviction import evict as evict_victims
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageRun, Span
@@ -39,6 +40,7 @@ class Context:
         """Reuses, writes the rest and inserts; which pages of which run were reused."""
         stop = len(self.ids) if num_tokens is None else num_tokens
         reused = self.tree.reuse(self.path, self.ids, self.runs)
+        reused = [(each.run, each.indices) for each in reused if each.indices]
         for run in self.runs.values():
             for start, end in run.missing(stop):
                 run.prepare(start, end)
@@ -66,8 +68,7 @@ def evict(tree: PrefixTree, pool: PagePool, name, count: int, writers=None, cost
     if freed[name] < count:
         return False
     before = pool.num_free
-    for node, key in victims:
-        tree.remove(node, key)
+    evict_victims(tree, victims)
     assert writers or pool.num_free - before >= count
     return True
 
@@ -291,7 +292,7 @@ def test_any_history_is_consistent(operations):
             for key, cached in node.pages.items():
                 assert node.parent is tree.root or key in node.parent.pages
                 assert key.pool == "base" or BASE in node.pages
-                holds.setdefault((key.pool, cached.page), set()).add((key, beginnings[node], cached.spans))
+                holds.setdefault((key.pool, cached.page), set()).add((key, beginnings[node], node.spans[key]))
                 references[key.pool, cached.page] = references.get((key.pool, cached.page), 0) + 1
         assert all(len(said) == 1 for said in holds.values())
         for pool_name, pool in pools.items():

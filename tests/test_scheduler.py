@@ -116,7 +116,7 @@ def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reser
             in enumerate(ordered)]  # fmt: skip
     queue: list[Job] = []
     active: dict[int, Job] = {}
-    shared: set[str] = set()
+    shared: set[str | None] = set()
     finished: list[int] = []
     for step in range(600):
         queue += [job for job in todo if job.arrives == step]
@@ -160,8 +160,8 @@ def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reser
         for program in result.prefill:
             for id in program:
                 active[id].left.pop(0)
-                if not active[id].left and active[id].prefix:
-                    shared.add(active[id].prefix)
+                if not active[id].left:
+                    shared |= {active[id].prefix} - {None}
         for id in result.decoded:
             job = active[id]
             job.decoded = min(job.output, job.decoded + result.num_steps)

@@ -269,7 +269,8 @@ class Batcher:
         if read and read[-1] is not None and len(self._in_flight) == num_in_flight:
             self._in_flight.append(_InFlight(read[-1], []))  # so that the host is one step ahead, not many
         # What was given to the device now stays there; what came before is read, while the device goes on.
-        while len(self._in_flight) > int(len(self._in_flight) > num_in_flight):
+        num_left = int(len(self._in_flight) > num_in_flight)
+        while len(self._in_flight) > num_left:
             self._read(self._in_flight.popleft())
 
     def _by_id(self, id: int) -> Request:

@@ -18,10 +18,12 @@ from lragent_jax.awaited_pages import pages_needed_next, pages_written
 from lragent_jax.executor import DecodeBatch, Executor, Row
 from lragent_jax.metrics import EngineMetrics, Metrics
 from lragent_jax.models.errors import AdapterError, OutOfPagesError
+from lragent_jax.page_run import HOLE
 from lragent_jax.paged_cache import Claim
 from lragent_jax.request import Request
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
 from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, batch_size, plan_step
+from lragent_jax.sharing import PoolName
 from lragent_jax.trajectory import LiveTrajectories
 
 _SHRINK = 8
@@ -250,10 +252,9 @@ class Batcher:
         is_full = self._stuck or len(running) >= self._limits.batch_size or not self._waiting
         tight = not is_full or any(count for request in running for count in request.growth.values())
         try:
-            plan = plan_step(
-                () if is_full else self._candidates(opened), running, self._cache.pages_available() if tight else {},
-                self._limits,
-            )  # fmt: skip
+            held = self._held_pages() if tight else {}
+            free: Pages = {name: self._cache.pools[name].num_pages - len(pages) for name, pages in held.items()}
+            plan = plan_step(() if is_full else self._candidates(opened, held), running, free, self._limits)
             for id in plan.preempted:
                 self._preempt(self._running[id])
             for id in plan.admitted:
@@ -307,8 +308,16 @@ class Batcher:
 
     # Admission.
 
-    def _candidates(self, opened: dict[int, _Opened]) -> Iterator[WaitingRequest]:
-        """The waiting requests, opened one after the other as the plan asks for them."""
+    def _held_pages(self) -> dict[PoolName, set[int]]:
+        """The pages of running requests; all others can be had, but for the few that nobody could write again."""
+        held: dict[PoolName, set[int]] = {name: set() for name in self._cache.pools}
+        for request in self._running.values():
+            if request.row is not None:
+                _add_pages(request.row, held)
+        return held
+
+    def _candidates(self, opened: dict[int, _Opened], held: dict[PoolName, set[int]]) -> Iterator[WaitingRequest]:
+        """The waiting requests, opened one after the other as the plan asks for them; `held` grows with them."""
         shares = self._executor.prefix_cache
         for request in list(self._waiting):
             try:
@@ -317,7 +326,7 @@ class Batcher:
                 self._fail(request, error)
                 continue
             pages = self._cache.pages_needed(row.claims)
-            for pool, count in row.row.num_pinned_pages().items():
+            for pool, count in _add_pages(row.row, held).items():
                 pages[pool] += count
             yield WaitingRequest(
                 id=request.id,
@@ -463,3 +472,11 @@ class Batcher:
             request.notify()
         if not self._running:
             self._decode_size, self._decode_batch = 1, None
+
+
+def _add_pages(row: Row, held: dict[PoolName, set[int]]) -> dict[PoolName, int]:
+    """Adds a row's pages to those that are held; how many were not."""
+    before = {name: len(pages) for name, pages in held.items()}
+    for key, run in zip(row.keys, row.written, strict=True):
+        held[key.pool].update(page for page in run.pages if page != HOLE)
+    return {name: len(pages) - before[name] for name, pages in held.items()}

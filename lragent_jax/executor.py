@@ -51,13 +51,6 @@ class Row(AdapterRuns):
             end = max(end, chunk.stop)
         return end - num_run
 
-    def num_pinned_pages(self) -> collections.Counter[PoolName]:
-        """Pages that nobody could have while the row is open, though nobody but it and the prefix cache holds them."""
-        counts: collections.Counter[PoolName] = collections.Counter()
-        for key, run in zip(self.keys, self.written, strict=True):
-            counts[key.pool] += sum(page != HOLE and run.pool.num_references(page) <= 2 for page in run.pages)
-        return counts
-
     def num_new_pages(self, start: int, stop: int) -> dict[PoolName, int]:
         """Pages that tokens [start, stop) take where those in front of them have theirs."""
         size = self.base_run.page_size

@@ -157,10 +157,6 @@ class PagedCache:
         """Rows have begun that read these keys: eviction weighs pages by the use of their adapters."""
         self.use.note(rows, batch_size=sum(bool(holder.reading) for holder in self.holders))
 
-    def pages_available(self) -> dict[PoolName, int]:
-        """Pages of every pool that are free, or that go when a call needs them."""
-        return {name: pool.num_free + sum(self._num_evictable(pool)) for name, pool in self.pools.items()}
-
     def pages_needed(self, claims: Iterable[Claim]) -> dict[PoolName, int]:
         """How many of every pool `reserve` would take for these claims."""
         writers = _writers(claims)
@@ -264,16 +260,12 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            cached, idle = self._num_evictable(pool)
-            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, idle, bytes_per_page[name])
+            in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
+            idle = self._idle_pages(pool)
+            cached = sum(pool.num_references(page) == 1 for page in in_tree)
+            num_idle = sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
+            stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, num_idle, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
-
-    def _num_evictable(self, pool: PagePool) -> tuple[int, int]:
-        """Pages that only the prefix cache holds, and those that trajectories could let go."""
-        in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
-        idle = self._idle_pages(pool)
-        cached = sum(pool.num_references(page) == 1 for page in in_tree)
-        return cached, sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
 
     def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
         """Pages that trajectories could let go, and how many of them hold each."""

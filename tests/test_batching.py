@@ -8,9 +8,8 @@ import random
 import jax
 import pytest
 from engines import CONFIG, ascii_tokenizer, tiny_engine
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from tolerances import assert_close
 
 from lragent_jax.async_engine import AsyncEngine
@@ -24,7 +23,7 @@ from lragent_jax.sampling_params import SamplingParams
 QUESTION = [(7 * i + 3) % 128 for i in range(43)]  # five full pages of 8 and a piece
 # One set of shapes for the whole file: programs are compiled once per mode. Small pools are made by taking pages out.
 OPTIONS = {
-    "num_pages": 192, "num_low_rank_pages": 288, "prefill_buckets": (8,), "prefill_tokens": 32, "max_batch_size": 4,
+    "num_pages": 192, "num_low_rank_pages": 288, "prefill_buckets": (8,), "prefill_tokens": 64, "max_batch_size": 8,
     "max_adapters": 8, "prefix_cache": True,
 }  # fmt: skip
 
@@ -114,7 +113,7 @@ def test_the_device_has_its_next_work_before_the_host_reads(monkeypatch):
     monkeypatch.setattr(engine.batcher, "_read", logged(log, "read", engine.batcher._read))
     engine.generate(QUESTION, "agent0", max_new_tokens=10)
     assert log == [
-        *["run_chunks"] * 4, *["run_chunks"] * 2, "begin", "decode", "read", "read",
+        *["run_chunks"] * 6, "begin", "decode", "read", "read",
         "decode", "read", "decode", "read", "read",
     ]  # fmt: skip
 
@@ -312,6 +311,7 @@ def test_anything_in_any_order_leaves_everything_consistent(mode):
 
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(actions)
+    @example([("submit", 0, i, i, 30) for i in range(5)])
     def run(todo):
         nonlocal num_preempted
         calls: list[tuple[Call, tuple]] = []
@@ -335,7 +335,7 @@ def test_anything_in_any_order_leaves_everything_consistent(mode):
                 try:
                     engine.unload_adapter(f"agent{numbers[0]}")
                 except TrajectoryBusyError:
-                    assert any(not call.is_over for call, _ in calls) or calls
+                    assert calls, "nobody holds a trajectory"
             check_references(engine, taken)
         run_to_the_end(engine, *(call for call, _ in calls))
         for call, asked in calls:

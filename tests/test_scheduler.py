@@ -133,7 +133,7 @@ def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reser
         ]  # fmt: skip
         looked_at: list[int] = []
 
-        def ask(queue=queue, descriptions=descriptions, looked_at=looked_at):
+        def ask(queue=queue, shared=shared, descriptions=descriptions, looked_at=looked_at):
             for job in list(queue):
                 looked_at.append(job.id)
                 needs = {job.prefix} - {None} - shared

@@ -257,6 +257,10 @@ class Batcher:
             plan = plan_step(() if is_full else self._candidates(opened, held), running, free, self._limits)
             for id in plan.preempted:
                 self._preempt(self._running[id])
+            # Those who run come first here, too, or who is admitted would take what they need, again and again.
+            for id in plan.decoded:
+                if id in self._running:
+                    self._grow(self._running[id], plan.num_steps)
             for id in plan.admitted:
                 self._admit(self._by_id(id), opened)
         finally:
@@ -406,9 +410,7 @@ class Batcher:
         return logits
 
     def _decode(self, requests: list[Request], num_steps: int) -> None:
-        """Up to `num_steps` more tokens for each, as far as pages for them can be had."""
-        requests = [request for request in requests if self._grow(request, self._length_after(request, num_steps))]
-        requests = [request for request in requests if request.row is not None]  # preempted for one of the others
+        """Up to `num_steps` more tokens for each."""
         if not requests:
             return
         size = batch_size(len(self._running))
@@ -428,21 +430,19 @@ class Batcher:
             _InFlight(tokens, [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))])
         )
 
-    def _grow(self, request: Request, length: int) -> bool:
-        """Gets a row pages up to `length` tokens if it has not. If none can be had, who came last is preempted."""
-        if request.row is None or length <= request.num_reserved:
-            return request.row is not None
-        claims = self._growth(request, length)
-        try:
-            self._cache.reserve(claims)
-        except OutOfPagesError as error:
-            if len(self._running) == 1:
-                self._fail(request, error)
-            else:
-                self._preempt(self._running[max(self._running)])
-            return False
-        request.num_reserved = claims[0].stop
-        return True
+    def _grow(self, request: Request, num_steps: int) -> None:
+        """Gets a row pages for its next tokens if it has none. Who came last is preempted until they can be had."""
+        length = self._length_after(request, num_steps)
+        while request.row is not None and request.num_reserved < length:
+            claims = self._growth(request, length)
+            try:
+                self._cache.reserve(claims)
+                request.num_reserved = claims[0].stop
+            except OutOfPagesError as error:
+                if len(self._running) == 1:
+                    self._fail(request, error)
+                else:
+                    self._preempt(self._running[max(self._running)])
 
     def _sampling(self, requests: Sequence[Request], batch: int) -> SamplingArrays:
         limits = [request.generated.max_new_tokens for request in requests]

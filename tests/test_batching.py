@@ -113,7 +113,7 @@ def test_the_device_has_its_next_work_before_the_host_reads(monkeypatch):
     monkeypatch.setattr(engine.batcher, "_read", logged(log, "read", engine.batcher._read))
     engine.generate(QUESTION, "agent0", max_new_tokens=10)
     assert log == [
-        *["run_chunks"] * 6, "begin", "decode", "read", "read",
+        *["run_chunks"] * 6, "begin", "decode", "read",
         "decode", "read", "decode", "read", "read",
     ]  # fmt: skip
 

@@ -41,10 +41,10 @@ def engine_for(mode: str, **options) -> Engine:
     return tiny_engine(mode, eight_agents(), **{**OPTIONS, **options})
 
 
-def fill(engine: Engine, num_left: int) -> None:
+def fill(engine: Engine, num_left: int, num_low_rank: int | None = None) -> None:
     """Takes pages out of every pool for good: a small pool under the programs of a large one."""
-    for pool in engine._cache.pools.values():
-        while pool.num_free > num_left:
+    for name, pool in engine._cache.pools.items():
+        while pool.num_free > (num_low_rank or num_left if name == "low_rank" else num_left):
             pool.allocate()
 
 
@@ -299,7 +299,7 @@ actions = st.lists(
 def stressed(mode: str) -> tuple[Engine, dict[str, int], Engine]:
     """An engine with few pages, how many of them are out of reach, and one with many."""
     engine = engine_for(mode, reserved_tokens=4)
-    fill(engine, 10)
+    fill(engine, 10, num_low_rank=30)  # what was written by another A-group may have to be rebuilt, with its pages
     return engine, num_held(engine), engine_for(mode)
 
 

@@ -2,7 +2,7 @@
 # make, pip and a Python from 3.11 to 3.13.
 
 VENV ?= .venv
-# Options for the program or for pytest: make demo ARGS="--limit 3", make test ARGS="-k engine -x".
+# Options for the program or for pytest: make demo ARGS="--hops 2", make test ARGS="-k engine -x".
 ARGS ?=
 # Processes that share the tests. Most of the time goes into compiling, which keeps a core busy.
 WORKERS ?= 2
@@ -30,7 +30,7 @@ DEMO = $(VENV)/.installed-$(DEMO_MODEL)-$(DEMO_MODEL_VERSION)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' $(MAKEFILE_LIST)
 
-demo: $(CORE) $(DEMO)  ## three agents over one small Llama, in five sharing modes
+demo: $(CORE) $(DEMO)  ## three trained agents answer questions, in five sharing modes
 	@$(BIN)/lragent demo $(ARGS)
 
 test: $(DEV)  ## the test suite

@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lragent_jax.embedded import embedded_engine
     from lragent_jax.engine import Engine
+    from lragent_jax.episodes import run_episodes
     from lragent_jax.models.config import LlamaConfig
     from lragent_jax.models.errors import (
         AdapterError,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
     from lragent_jax.sampling_params import SamplingParams
     from lragent_jax.trajectory import Trajectory
+    from lragent_jax.world.question import make_questions
 
 _HOMES = {
     "AdapterError": "models.errors",
@@ -39,6 +42,9 @@ _HOMES = {
     "Trajectory": "trajectory",
     "TrajectoryBusyError": "models.errors",
     "TrajectoryClosedError": "models.errors",
+    "embedded_engine": "embedded",
+    "make_questions": "world.question",
+    "run_episodes": "episodes",
 }
 
 __version__ = "0.1.0"
@@ -60,6 +66,9 @@ __all__ = [
     "TrajectoryBusyError",
     "TrajectoryClosedError",
     "__version__",
+    "embedded_engine",
+    "make_questions",
+    "run_episodes",
 ]
 
 

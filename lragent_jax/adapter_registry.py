@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax
+from jax.sharding import Mesh
 
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, AdapterBank
 from lragent_jax.models.bank_builder import assign_groups, bank_ranks, build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import AdapterError
-from lragent_jax.models.sharding import bank_shardings, current_mesh
 from lragent_jax.sharing import BASE_MODEL, AdapterKeys, PageKey
 
 
@@ -34,9 +33,16 @@ class AdapterRegistry:
     """
 
     def __init__(
-        self, config: LlamaConfig, dtype, adapters: Mapping[str, Adapter], *, max_adapters: int, max_rank: int
+        self,
+        config: LlamaConfig,
+        dtype,
+        adapters: Mapping[str, Adapter],
+        *,
+        max_adapters: int,
+        max_rank: int,
+        mesh: Mesh | None = None,
     ):
-        self._config, self._dtype = config, dtype
+        self._config, self._dtype, self._mesh = config, dtype, mesh
         self._max_adapters, self._max_rank = max_adapters, max_rank
         self._ranks: dict[str, int] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -116,9 +122,8 @@ class AdapterRegistry:
         bank = build_bank(
             self._config, list(adapters.values()), self._dtype,
             num_adapters=capacity + 1, num_groups=max(capacity, 1), ranks=ranks,
+            mesh=self._mesh,
         )  # fmt: skip
-        if mesh := current_mesh():
-            bank = jax.device_put(bank, bank_shardings(bank, mesh))
         self._loaded = {
             name: LoadedAdapter(
                 bank_row=row + 1,

@@ -66,9 +66,10 @@ class Batcher:
         *,
         reserved_tokens: int,
         eos_token_ids: Sequence[int],
+        scope: Callable[[], contextlib.AbstractContextManager],
     ):
         self._executor, self._registry, self._cache = executor, registry, executor.cache
-        self._trajectories, self._limits = trajectories, limits
+        self._trajectories, self._limits, self._scope = trajectories, limits, scope
         # At least what the first step decodes, which is planned together with the admission.
         self._reserved_tokens = max(reserved_tokens, limits.decode_block)
         self._eos_token_ids = tuple(eos_token_ids)
@@ -128,7 +129,7 @@ class Batcher:
     def exclusive(self) -> Iterator[None]:
         """Pages and device to oneself; before that, what was left to do is done."""
         is_inner = self._cache.lock.is_mine
-        with self._cache.lock:
+        with self._cache.lock, self._scope():
             if not is_inner:
                 self._clean_up()
             yield

@@ -1,10 +1,15 @@
-"""`jax.jit` for loops over weights, with the compiler options that a kind of device needs for them."""
+"""`jax.jit` for the engine's programs: with the compiler options that a kind of device needs, on a mesh as on one."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from lragent_jax.models.tensor_parallel import WHOLE, is_sharded
 
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # Left alone, the compiler gives what a loop reads tiles of 16 x 128, where arguments have 8 x 128: a copy of all
@@ -15,10 +20,16 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 
 
 class DeviceJit:
-    """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for."""
+    """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for.
 
-    def __init__(self, function: Callable, **jit_options):
+    Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
+    is not compiled once more when it is given its own results, and no process is left out. `resident` names positional
+    arguments, large trees, that lie there already.
+    """
+
+    def __init__(self, function: Callable, *, resident: Sequence[str] = (), **jit_options):
         functools.update_wrapper(self, function)
+        self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._by_kind = {
             kind: jax.jit(function, compiler_options=options, **jit_options)
             for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
@@ -28,10 +39,34 @@ class DeviceJit:
         return self._by_kind.get(device_kind(), self._by_kind[None])
 
     def __call__(self, *args, **kwargs) -> Any:
+        if is_sharded():
+            args = tuple(
+                arg if is_resident else _on_all_devices(arg)
+                for arg, is_resident in zip(args, self._is_resident, strict=False)
+            )
         return self._jitted()(*args, **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
         return self._jitted().lower(*args, **kwargs)
+
+
+def _on_all_devices(tree: Any) -> Any:
+    """The tree with all of its arrays on the current mesh; those that are there stay where they are."""
+    leaves, treedef = jax.tree.flatten(tree)
+    elsewhere = [
+        isinstance(leaf, np.ndarray | np.generic)
+        or (isinstance(leaf, jax.Array) and isinstance(leaf.sharding, SingleDeviceSharding))
+        for leaf in leaves
+    ]
+    if not any(elsewhere):
+        return tree
+    everywhere = NamedSharding(jax.sharding.get_mesh(), WHOLE)
+    moved = iter(
+        jax.device_put([leaf for leaf, is_moved in zip(leaves, elsewhere, strict=True) if is_moved], everywhere)
+    )
+    return treedef.unflatten(
+        [next(moved) if is_moved else leaf for leaf, is_moved in zip(leaves, elsewhere, strict=True)]
+    )
 
 
 def device_kind() -> str:

@@ -1,6 +1,6 @@
 """How far next-token distributions have moved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -31,6 +31,17 @@ class Drift:
             if token_ids is not None:
                 self._nll -= float(np.sum(q[np.arange(len(q)), token_ids[start : start + _ROWS]]))
         self.num_positions += len(reference)
+
+    @classmethod
+    def total(cls, parts: Iterable["Drift"]) -> "Drift":
+        """Over the positions of all parts."""
+        total = cls()
+        for part in parts:
+            total.num_positions += part.num_positions
+            total._num_agreeing += part._num_agreeing
+            total._kl += part._kl
+            total._nll += part._nll
+        return total
 
     @property
     def top1_agreement(self) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lragent_jax import scoring
@@ -17,6 +16,7 @@ from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.batching import Batcher
 from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, per_row
 from lragent_jax.calls import LOOK_STEPS, Call, Caller
+from lragent_jax.devices import Devices
 from lragent_jax.executor import Executor
 from lragent_jax.metrics import EngineMetrics
 from lragent_jax.models.adapter import Adapter, random_adapter
@@ -25,7 +25,7 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError, TrajectoryClosedError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
-from lragent_jax.options import EngineOptions
+from lragent_jax.options import EngineOptions, weight_dtype
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
 from lragent_jax.sampling_params import SamplingParams
@@ -60,9 +60,11 @@ class Engine:
         self._sharing = Sharing(self.options.sharing)
         chosen = layers_to_recompute(self.options.recompute_layers, config.num_layers)
         dtype = jax.tree.leaves(params)[0].dtype
+        self._devices = Devices.of(self.options.tensor_parallel)
         self._registry = AdapterRegistry(
-            config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank
-        )
+            config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank,
+            mesh=self._devices.mesh,
+        )  # fmt: skip
         page_size = self.options.page_size
         assert page_size is not None
         self._cache = PagedCache(
@@ -74,10 +76,11 @@ class Engine:
             low_rank_ranks={} if self._sharing.merged else self._registry.low_rank_ranks,
             recomputed_layers=chosen if self._sharing.recomputes else (),
             num_recomputed_pages=self._num_recomputed_pages(),
+            mesh=self._devices.mesh,
         )
         self._executor = Executor(
             graphdef,
-            params,
+            self._devices.place(config, params),
             self._registry,
             self._cache,
             self._sharing,
@@ -100,6 +103,7 @@ class Engine:
         self.batcher = Batcher(
             self._executor, self._registry, self._trajectories, limits,
             reserved_tokens=self.options.reserved_tokens, eos_token_ids=config.eos_token_ids,
+            scope=self._devices.scope,
         )  # fmt: skip
         self.caller = Caller(config, tokenizer, self._executor, self._registry, self.batcher, self.trajectory)
 
@@ -121,16 +125,17 @@ class Engine:
         name to a PEFT folder or an Orbax one. `options` are the fields of `EngineOptions`. Raises `CheckpointError`,
         `ConfigError`, `AdapterError` or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
-        wanted, checked = _dtype(dtype), EngineOptions.from_keywords(options)
+        wanted, checked = weight_dtype(dtype), EngineOptions.from_keywords(options)
         config, tokenizer = read_config(model), load_tokenizer(model)
         layers_to_recompute(checked.recompute_layers, config.num_layers)
+        shardings = Devices.of(checked.tensor_parallel).weight_shardings(config, wanted)
         loaded = {
             name: source if isinstance(source, Adapter) else read_adapter(source, config)
             for name, source in (adapters or {}).items()
         }
         for adapter in loaded.values():
             adapter.check_fits(config)
-        config, graphdef, params = read_model(model, wanted, progress=progress)
+        config, graphdef, params = read_model(model, wanted, shardings, progress)
         return cls(config, graphdef, params, loaded, tokenizer=tokenizer, **options)
 
     @classmethod
@@ -150,16 +155,17 @@ class Engine:
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
-        wanted, checked = _dtype(dtype), EngineOptions.from_keywords(options)
+        wanted, checked = weight_dtype(dtype), EngineOptions.from_keywords(options)
         config = LlamaConfig.preset(preset)
         layers_to_recompute(checked.recompute_layers, config.num_layers)
+        shardings = Devices.of(checked.tensor_parallel).weight_shardings(config, wanted)
         adapters = {
             agent: random_adapter(
                 config, rank=rank, targets=targets, seed=seed + i, shared_a_seed=seed if shared_a else None
             )
             for i, agent in enumerate(agents)
         }
-        graphdef, params = random_params(config, wanted, seed)
+        graphdef, params = random_params(config, wanted, seed, shardings)
         return cls(config, graphdef, params, adapters, **options)
 
     def with_sharing(self, sharing: SharingMode, **options: Any) -> "Engine":
@@ -170,8 +176,9 @@ class Engine:
         sized_anew = {"num_low_rank_pages": None, "num_recomputed_pages": None}
         options = vars(self.options) | sized_anew | options | {"sharing": sharing}
         adapters = {name: self._registry.adapter(name) for name in self._registry.names}
-        executor = self._executor
-        return Engine(self.config, executor.graphdef, executor.params, adapters, tokenizer=self.tokenizer, **options)
+        graphdef, params = self._executor.graphdef, self._executor.params
+        with self._devices.scope():  # an engine over one device takes the mesh that is current, if there is one
+            return Engine(self.config, graphdef, params, adapters, tokenizer=self.tokenizer, **options)
 
     # What it is.
 
@@ -225,10 +232,8 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Removes an agent, and every page that no remaining agent can read.
 
-        What it wrote into pages that others read stays, as long as its trajectory is open: without the adapter it could
-        not be rebuilt, and no call may evict it. What had been evicted before is run by whoever reads it next.
-
-        Raises `TrajectoryBusyError`, and changes nothing, while a trajectory is being extended.
+        What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
+        changes nothing, while one is being extended.
         """
         with self.batcher.exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
@@ -237,13 +242,10 @@ class Engine:
             content = self._registry.find(name).keys.content
             self._registry.remove(name)
             in_use = self._keys_in_use()
-            for trajectory in self._trajectories:
-                trajectory.drop(lambda key: key in in_use)
-            self._cache.prefixes.drop(lambda key: key in in_use)
-            if content is not None and self._registry.find_content(content) is None:
-                for trajectory in self._trajectories:
-                    trajectory.writer_unloaded(content)
-                self._cache.prefixes.writer_unloaded(content)
+            for holder in (*self._trajectories, self._cache.prefixes):
+                holder.drop(lambda key: key in in_use)
+                if content is not None and self._registry.find_content(content) is None:
+                    holder.writer_unloaded(content)
 
     # Calls.
 
@@ -392,13 +394,6 @@ class Engine:
             return scoring.score(self._executor, trajectory, ids, self._registry.find(agent), started)
 
 
-def _dtype(name: str):
-    """The weights' and caches' dtype by name."""
-    if name not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
-    return jnp.dtype(name)
-
-
 def _table_widths(widest: int) -> tuple[int, ...]:
-    """A few widths up to the whole context: tables are small, programs are not."""
-    return (*(width for width in (512, 4096) if width < widest), widest)
+    """A few widths up to the whole context, far apart: tables are small, programs are not."""
+    return (*(width for width in (512, 4096) if 4 * width <= widest), widest)

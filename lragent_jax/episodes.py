@@ -37,7 +37,8 @@ class Episode:
     `answer` is what Finish was given, None without one; `right` is its exact match. `verdict` is reflect's, None where
     it gave none or was not asked, and `verdict_right` whether it judged `right` rightly. `num_outputs`, `bad_outputs`
     (outputs outside the role: plan names no tool, action closes no bracket or writes what its tool does not take,
-    reflect gives no verdict) and the token counts are by role, summed over calls.
+    reflect gives no verdict) and the token counts are by role, summed over calls. `batch_cache_bytes` is what the
+    engine's caches held in the end, for all episodes of the batch together.
     """
 
     question: Question
@@ -52,6 +53,7 @@ class Episode:
     bad_outputs: dict[Role, int]
     num_prefilled_tokens: dict[Role, int]
     num_cached_tokens: dict[Role, int]
+    batch_cache_bytes: int
 
     @property
     def verdict_right(self) -> bool:
@@ -109,7 +111,8 @@ def run_episodes(
             for num_done in runner.run(rows, max_steps):
                 if progress:
                     progress(len(episodes) + num_done, len(questions), f"episodes, step {runner.step} of {max_steps}")
-            episodes += [row.episode() for row in rows]
+            cache_bytes = engine.cache_stats().bytes_used
+            episodes += [row.episode(cache_bytes) for row in rows]
     if progress:
         progress(len(questions), len(questions), "episodes")
     return episodes
@@ -206,7 +209,7 @@ class _Row:
         self.tool = None
         self.begin_step(line_end + transcript.observation(self.num_steps, text))
 
-    def episode(self) -> Episode:
+    def episode(self, batch_cache_bytes: int) -> Episode:
         assert self.end is not None
         token_ids = self.trajectory.token_ids
         return Episode(
@@ -222,6 +225,7 @@ class _Row:
             bad_outputs=self._counts["bad"],
             num_prefilled_tokens=self._counts["prefilled"],
             num_cached_tokens=self._counts["cached"],
+            batch_cache_bytes=batch_cache_bytes,
         )
 
 

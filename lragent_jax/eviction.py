@@ -3,10 +3,9 @@
 import collections
 import dataclasses
 import heapq
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.page_pool import PagePool
@@ -67,19 +66,26 @@ def choose_victims(
     cost: Callable[[int], float],
     holders: Iterable[Holder] = (),
     use: Callable[[PageKey], float] = lambda key: 1.0,
+    rule: Callable[[float, int, float, float], float] = worth,
 ) -> tuple[list[Victim], dict[PoolName, int]]:
     """What `evict` has to take, in this order, and how many pages come free by it, at least.
 
     `needs`: each pool that is short of pages, and by how many; where even everything would not be enough, fewer come
     free. `writers`: how many runs are about to write to a page. A page frees one if nobody else holds it, and saves
     its copy if all others are about to write to it. `cost`: to compute page i of a context again, in any unit. `use`:
-    how likely the next calls are to read a key.
+    how likely the next calls are to read a key. `rule`: of cost, visits, seconds since the last use and use, what a
+    page is worth.
 
     Leaves go first, the least worth of them before the others: a trajectory's end before its beginning. A page goes
     from all who hold it at once, and not at all while a running call holds it or somebody holds it who could not have
     it written again. A base page takes along what is read beside it.
     """
-    plan = _Plan(tree, holders, writers, lambda page: _worth(page, cost, use, tree.clock()))
+    now = tree.clock()
+
+    def worth_of(key: PageKey, index: int, visits: int, last_used: float) -> float:
+        return rule(cost(index), visits, now - last_used, use(key))
+
+    plan = _Plan(tree, holders, writers, worth_of)
     for pool, count in needs.values():
         plan.take(pool, count)
     return plan.victims, {name: plan.freed[pool] for name, (pool, _) in needs.items()}
@@ -94,129 +100,146 @@ def evict(tree: PrefixTree, victims: Iterable[Victim]) -> None:
             tree.remove(victim.node, victim.key)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Page:
-    """A page of a pool, and the shares in it that could be let go."""
+class _Share(NamedTuple):
+    """A trajectory's share in a page: entry `at` of its run under `key`, and its other runs that could be let go."""
 
-    of: tuple[PagePool, int]
+    holder: Holder
+    runs: Mapping[PageKey, PageRun]
     key: PageKey
-    index: int
-    visits: int = 1
-    last_used: float = -math.inf
-    shares: list[tuple["_Place", Victim]] = dataclasses.field(default_factory=list)
-    is_pinned: bool = False
+    at: int
 
-    def add(self, place: "_Place", victim: Victim, visits: int, last_used: float) -> None:
-        self.shares.append((place, victim))
-        place.pages[victim.key] = self
-        self.visits, self.last_used = max(self.visits, visits), max(self.last_used, last_used)
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Place:
-    """The pages that one trajectory or node holds of the same tokens, and the places next to it."""
-
-    pages: dict[PageKey, _Page] = dataclasses.field(default_factory=dict)
-    before: "_Place | None" = None
-    behind: list["_Place"] = dataclasses.field(default_factory=list)
-    is_node: bool = False
-
-    def is_leaf(self, key: PageKey) -> bool:
-        """Whether nothing behind needs the page: in the tree nothing at all, in a trajectory nothing that can go."""
-        return not any(key in other.pages and (self.is_node or not other.pages[key].is_pinned) for other in self.behind)
-
-    def beside(self, key: PageKey) -> list[_Page]:
-        """What is worthless without the page."""
-        return [page for other, page in self.pages.items() if other.pool != "base"] if key.pool == "base" else []
+    @property
+    def run(self) -> PageRun:
+        return self.runs[self.key]
 
 
 class _Plan:
-    """Evictions that have been decided and not yet made."""
+    """Evictions that have been decided and not yet made.
+
+    Built anew for every call that lacks pages, for thousands of them: two dictionaries from page to who could let it
+    go, out of which everything goes that was decided on, and nothing per page beside them.
+    """
 
     def __init__(
         self,
         tree: PrefixTree,
         holders: Iterable[Holder],
         writers: Mapping[tuple[PagePool, int], int],
-        worth_of: Callable[[_Page], float],
+        worth_of: Callable[[PageKey, int, int, float], float],
     ):
         self._worth_of, self._writers = worth_of, writers
-        self._pages: dict[tuple[PagePool, int], _Page] = {}
+        self._in_tree: dict[PagePool, dict[int, tuple[PageNode, PageKey]]] = collections.defaultdict(dict)
+        self._in_runs: dict[PagePool, dict[int, list[_Share]]] = collections.defaultdict(dict)
+        self._pinned: set[tuple[PagePool, int]] = set()
+        self._let_go_of: collections.Counter[tuple[PagePool, int]] = collections.Counter()
         self.freed: collections.Counter[PagePool] = collections.Counter()
         self.victims: list[Victim] = []
-        self._add_tree(tree)
+        for node in tree.nodes():
+            for key, cached in node.pages.items():
+                self._in_tree[cached.pool][cached.page] = node, key
         for holder in holders:
-            self._add_holder(holder)
-        self._left = {page: pool.num_references(number) for (pool, number), page in self._pages.items()}
+            runs = holder.idle_runs
+            for key, run in runs.items():
+                of_pool = self._in_runs[run.pool]
+                for index, page in enumerate(run.pages):
+                    if page != HOLE:
+                        of_pool.setdefault(page, []).append(_Share(holder, runs, key, index))
+                if not all(span.rebuildable for span in run.spans):
+                    self._pin(runs, key)
 
     def take(self, pool: PagePool, count: int) -> None:
         """Decides until `count` pages of `pool` come free, or no more would."""
-        tie = itertools.count()
-        heap = [(self._worth_of(page), next(tie), page) for page in self._pages.values() if self._may_go(page, pool)]
+        pages = {*self._in_tree[pool], *self._in_runs[pool]}
+        heap = [(self._worth(pool, page), page) for page in pages if self._may_go(pool, page)]
         heapq.heapify(heap)
         while heap and self.freed[pool] < count:
-            page = heapq.heappop(heap)[2]
-            places = [place.before for place, _ in page.shares if place.before is not None]
-            self._remove(page)
-            for before in {id(page): page for place in places for page in place.pages.values()}.values():
-                if self._may_go(before, pool):
-                    heapq.heappush(heap, (self._worth_of(before), next(tie), before))
+            page = heapq.heappop(heap)[1]
+            if not self._may_go(pool, page):
+                continue
+            for before in self._remove(pool, page):
+                if self._may_go(pool, before):
+                    heapq.heappush(heap, (self._worth(pool, before), before))
 
-    def _add_tree(self, tree: PrefixTree) -> None:
-        places: dict[PageNode, _Place] = {}
-        for node in tree.nodes():
-            before = places.get(node.parent) if node.parent is not None else None
-            place = places[node] = _place(before, is_node=True)
-            for key, cached in node.pages.items():
-                page = self._page(cached.pool, cached.page, key, node.index)
-                page.add(place, Victim(key, node.index, node=node), cached.visits, cached.last_used)
+    def _pin(self, runs: Mapping[PageKey, PageRun], key: PageKey) -> None:
+        """Keeps what nobody could write again, and the base pages without which it would be worthless."""
+        run = runs[key]
+        for index, page in enumerate(run.pages):
+            if page != HOLE and not run.can_rebuild(index):
+                self._pinned.add((run.pool, page))
+                self._pinned |= {
+                    (other.pool, other.page(index))
+                    for beside, other in runs.items()
+                    if beside.pool == "base" != key.pool
+                }
 
-    def _add_holder(self, holder: Holder) -> None:
-        places: list[_Place] = []
-        for _ in range(max((len(run.pages) for run in holder.idle_runs.values()), default=0)):
-            places.append(_place(places[-1] if places else None, is_node=False))
-        for key, run in holder.idle_runs.items():
-            for index, number in enumerate(run.pages):
-                if number != HOLE:
-                    page = self._page(run.pool, number, key, index)
-                    page.add(places[index], Victim(key, index, run=run), holder.visits, holder.last_used)
-                    page.is_pinned |= not run.can_rebuild(index)
-
-    def _page(self, pool: PagePool, number: int, key: PageKey, index: int) -> _Page:
-        return self._pages.setdefault((pool, number), _Page((pool, number), key, index))
-
-    def _may_go(self, page: _Page, pool: PagePool) -> bool:
+    def _may_go(self, pool: PagePool, page: int) -> bool:
         """Whether the page would come free, or a copy of it would be saved, and nothing rests on it any more."""
-        if page.of[0] is not pool or page.is_pinned or not page.shares:
+        in_tree, shares = self._in_tree[pool].get(page), self._in_runs[pool].get(page, [])
+        num_shares = len(shares) + (in_tree is not None)
+        if not num_shares or (in_tree is not None and not self._is_leaf(*in_tree)):
             return False
-        if self._left[page] - len(page.shares) != self._writers.get(page.of, 0):
+        if self._num_holders(pool, page) - num_shares != self._writers.get((pool, page), 0):
             return False
-        return all(
-            place.is_leaf(page.key) and not any(beside.is_pinned for beside in place.beside(page.key))
-            for place, _ in page.shares
-        )
+        return (pool, page) not in self._pinned and not any(self._has_more_behind(share) for share in shares)
 
-    def _remove(self, page: _Page) -> None:
-        for place, victim in list(page.shares):
-            self._let_go(page, place, victim)
-            for beside in place.beside(page.key):
-                for other in [share for share in beside.shares if share[0] is place]:
-                    self._let_go(beside, *other)
+    def _num_holders(self, pool: PagePool, page: int) -> int:
+        return pool.num_references(page) - self._let_go_of[pool, page]
 
-    def _let_go(self, page: _Page, place: _Place, victim: Victim) -> None:
-        self.victims.append(victim)
-        page.shares.remove((place, victim))
-        del place.pages[victim.key]
-        self._left[page] -= 1
-        self.freed[page.of[0]] += self._left[page] == self._writers.get(page.of, 0)
+    def _is_leaf(self, node: PageNode, key: PageKey) -> bool:
+        """Whether no child has a page of the key any more."""
+        pages = [child.pages[key] for child in node.children.values() if key in child.pages]
+        return not any(cached.page in self._in_tree[cached.pool] for cached in pages)
+
+    def _has_more_behind(self, share: _Share) -> bool:
+        """Whether the next page of a trajectory is there, and could go before."""
+        run, behind = share.run, share.run.page(share.at + 1)
+        if behind == HOLE or (run.pool, behind) in self._pinned:
+            return False
+        return any(other.run is run for other in self._in_runs[run.pool].get(behind, ()))
+
+    def _worth(self, pool: PagePool, page: int) -> float:
+        """That of a page which several share: by all their visits that are known, and the last of them."""
+        in_tree, shares = self._in_tree[pool].get(page), self._in_runs[pool].get(page, [])
+        used = [(share.holder.visits, share.holder.last_used) for share in shares]
+        key, index = (in_tree[1], in_tree[0].index) if in_tree else (shares[0].key, shares[0].at)
+        if in_tree is not None:
+            cached = in_tree[0].pages[key]
+            used.append((cached.visits, cached.last_used))
+        return self._worth_of(key, index, max(visits for visits, _ in used), max(at for _, at in used))
+
+    def _remove(self, pool: PagePool, page: int) -> Iterable[int]:
+        """Lets a page go from all who share it, with what is worthless without it; which ones it was behind of."""
+        before = set()
+        if page in self._in_tree[pool]:
+            node, key = self._in_tree[pool][page]
+            self.victims.append(Victim(key, node.index, node=node))  # takes along what is beside it
+            for other in (key, *_beside(node.pages, key)):
+                cached = node.pages[other]
+                if self._in_tree[cached.pool].pop(cached.page, None):
+                    self._let_go(cached.pool, cached.page)
+            assert node.parent is not None, "the root holds no pages"
+            before |= {cached.page for cached in node.parent.pages.values() if cached.pool is pool}
+        for share in list(self._in_runs[pool].get(page, ())):
+            for other in (share.key, *_beside(share.runs, share.key)):
+                self._let_go_share(share._replace(key=other))
+            before |= {run.page(share.at - 1) for run in share.runs.values() if run.pool is pool and share.at}
+        return before
+
+    def _let_go_share(self, share: _Share) -> None:
+        page = share.run.page(share.at)
+        shares = self._in_runs[share.run.pool].get(page, [])
+        for i, other in enumerate(shares):
+            if other.run is share.run:
+                del shares[i]
+                self.victims.append(Victim(share.key, share.at, run=share.run))
+                self._let_go(share.run.pool, page)
+                return
+
+    def _let_go(self, pool: PagePool, page: int) -> None:
+        self._let_go_of[pool, page] += 1
+        self.freed[pool] += self._num_holders(pool, page) == self._writers.get((pool, page), 0)
 
 
-def _place(before: _Place | None, is_node: bool) -> _Place:
-    place = _Place(before=before, is_node=is_node)
-    if before is not None:
-        before.behind.append(place)
-    return place
-
-
-def _worth(page: _Page, cost: Callable[[int], float], use: Callable[[PageKey], float], now: float) -> float:
-    return worth(cost(page.index), page.visits, now - page.last_used, use(page.key))
+def _beside(keys: Iterable[PageKey], key: PageKey) -> list[PageKey]:
+    """Those whose pages are worthless without the page under `key`."""
+    return [other for other in keys if other.pool != "base"] if key.pool == "base" else []

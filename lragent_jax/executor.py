@@ -189,7 +189,9 @@ class Executor:
                 writers[content] = None if adapter is None else self._open_writer(row, adapter)
             return writers[content]
 
-        row.chunks = plan_chunks(length, row, writer_of, self.prefill_buckets, read_apart=row.is_read_apart)
+        # Not the row itself, which holds the chunks: a cycle would keep a trajectory that its caller has dropped.
+        reader = AdapterRuns(**self._runs(row.trajectory, row.adapter))
+        row.chunks = plan_chunks(length, reader, writer_of, self.prefill_buckets, read_apart=row.is_read_apart)
         claims = [
             Claim(run, write_from, chunk.stop)
             for chunk in row.chunks

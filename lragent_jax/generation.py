@@ -17,10 +17,15 @@ from lragent_jax.models.adapter_bank import AdapterBank
 from lragent_jax.models.cache_view import BaseCache, HostOrDevice, LowRankCache, PageTable
 from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
+from lragent_jax.models.tensor_parallel import whole
 from lragent_jax.sampling import SamplingArrays, is_stop, sample
 
 NEVER = 2**30
 """A write-from position beyond every context: the row writes nothing to that table."""
+
+
+_RESIDENT = ("graphdef", "params", "bank", "cache")
+"""What programs take that lies on the devices already."""
 
 
 @pytree
@@ -47,7 +52,7 @@ def exact_matmuls(params: Params):
     return contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
+@functools.partial(DeviceJit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
 def prefill(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -72,15 +77,15 @@ def prefill(
             write_base=write_base, implementation=implementation,
         )  # fmt: skip
         last = jnp.clip(table.kv_lens - table.q_starts - 1, 0, tokens.shape[1] - 1)
-        logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        logits = whole(model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]))
     return logits, hidden, Cache(base=base, low_rank=low_rank)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@functools.partial(DeviceJit, resident=_RESIDENT, static_argnames=("graphdef",))
 def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits (f32) of hidden states that `prefill` returned."""
     with exact_matmuls(params):
-        return nnx.merge(graphdef, params).logits(hidden)
+        return whole(nnx.merge(graphdef, params).logits(hidden))
 
 
 @pytree
@@ -99,7 +104,7 @@ class Slots:
         return cls(state=DecodeState(zeros, zeros, jnp.ones(num_slots, bool)), kv_lens=zeros)
 
 
-@jax.jit
+@DeviceJit
 def first_token(
     logits: Float[Array, "B V"], sampling: SamplingArrays, index: Int[HostOrDevice, " B"] | None = None
 ) -> DecodeState:
@@ -107,16 +112,22 @@ def first_token(
 
     `index`: how many tokens a row has generated before, if it was interrupted and goes on.
     """
-    index = jnp.zeros(logits.shape[0], jnp.int32) if index is None else jnp.asarray(index)
+    return _first_token(
+        logits, sampling, jnp.zeros(logits.shape[0], jnp.int32) if index is None else jnp.asarray(index)
+    )
+
+
+def _first_token(logits, sampling: SamplingArrays, index) -> DecodeState:
     tokens = sample(logits, sampling, index)
-    return DecodeState(
+    state = DecodeState(
         last_tokens=tokens,
         num_generated=index + 1,
         finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= index + 1),
     )
+    return jax.tree.map(whole, state)
 
 
-@jax.jit
+@DeviceJit
 def begin(
     slots: Slots,
     logits: Float[Array, "B V"],
@@ -126,11 +137,11 @@ def begin(
     index: Int[HostOrDevice, " B"],
 ) -> tuple[Int[Array, " B"], Slots]:
     """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's."""
-    state = first_token(logits, sampling, index)
-    return state.last_tokens, _put(slots, slot_ids, state, kv_lens)
+    state = _first_token(logits, sampling, jnp.asarray(index))
+    return whole(state.last_tokens), _put(slots, slot_ids, state, kv_lens)
 
 
-@jax.jit
+@DeviceJit
 def take(slots: Slots, slot_ids: Int[HostOrDevice, " B"]) -> tuple[DecodeState, Int[Array, " B"]]:
     """The rows of a batch out of their slots, and their lengths; a slot of M has nothing to do."""
 
@@ -139,10 +150,10 @@ def take(slots: Slots, slot_ids: Int[HostOrDevice, " B"]) -> tuple[DecodeState, 
 
     state = slots.state
     taken = DecodeState(rows(state.last_tokens, 0), rows(state.num_generated, 0), rows(state.finished, True))
-    return taken, rows(slots.kv_lens, 0)
+    return jax.tree.map(whole, (taken, rows(slots.kv_lens, 0)))
 
 
-@jax.jit
+@DeviceJit
 def put(slots: Slots, slot_ids: Int[HostOrDevice, " B"], state: DecodeState, kv_lens: Int[HostOrDevice, " B"]) -> Slots:
     """The rows of a batch back into their slots."""
     return _put(slots, slot_ids, state, kv_lens)
@@ -150,13 +161,14 @@ def put(slots: Slots, slot_ids: Int[HostOrDevice, " B"], state: DecodeState, kv_
 
 def _put(slots: Slots, slot_ids, state: DecodeState, kv_lens) -> Slots:
     def rows(old, new):
-        return old.at[slot_ids].set(new, mode="drop")
+        return whole(old.at[slot_ids].set(new, mode="drop"))
 
     return Slots(state=jax.tree.map(rows, slots.state, state), kv_lens=rows(slots.kv_lens, kv_lens))
 
 
 @functools.partial(
     DeviceJit,
+    resident=_RESIDENT,
     static_argnames=("graphdef", "block", "write_without_adapter", "implementation"),
     donate_argnames=("cache",),
 )
@@ -214,7 +226,8 @@ def decode(
         model: Llama = nnx.merge(graphdef, params)
         out = jnp.full((batch, block), -1, jnp.int32)
         carry = (jnp.int32(0), out, state, table.kv_lens, cache)
-        _, out, state, kv_lens, cache = jax.lax.while_loop(unfinished, step, carry)
+        _, *for_the_host, cache = jax.lax.while_loop(unfinished, step, carry)
+    out, state, kv_lens = jax.tree.map(whole, for_the_host)
     return out, state, dataclasses.replace(table, kv_lens=kv_lens), cache
 
 
@@ -239,7 +252,7 @@ def _readers_and_writers(table: PageTable) -> PageTable:
     )
 
 
-@functools.partial(jax.jit, donate_argnames=("pools",))
+@functools.partial(DeviceJit, resident=("pools",), donate_argnames=("pools",))
 def copy_pages(pools, sources: Int[Array, " n"], targets: Int[Array, " n"]):
     """Copies whole pages inside every pool of a tree; targets out of range are skipped (padding)."""
     return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), pools)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lragent_jax.devices import choose_devices
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
 from lragent_jax.models.errors import InputError
+from lragent_jax.processes import join_processes
 from lragent_jax.sharing import Sharing, SharingMode
 
 
@@ -39,6 +42,11 @@ class EngineOptions:
       reserved_tokens: new tokens that a request gets pages for when it is admitted beside others, and whenever it needs
         more; if there are none then, the request that came last gives up its own and goes on later.
       implementation: of `lora_attention`; None takes the first that fits.
+      tensor_parallel: the devices that every weight and the base cache's kv heads are cut for. It must divide the
+        model's kv heads, MLP width and vocabulary. In several processes, as many devices of each.
+      distributed: whether this process is one of several that run one engine, one per host as a rule, all of which
+        make the same calls. Then `coordinator_address` (host:port of the first), `num_processes` and `process_id` are
+        those of `jax.distributed.initialize`, which finds them out by itself on Cloud TPU, Slurm, Kubernetes and MPI.
     """
 
     sharing: SharingMode = "base_lr"
@@ -56,6 +64,11 @@ class EngineOptions:
     prefill_tokens: int = 0
     reserved_tokens: int = 256
     implementation: str | None = None
+    tensor_parallel: int = 1
+    distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
     @classmethod
     def from_keywords(cls, keywords: dict[str, Any]) -> "EngineOptions":
@@ -67,6 +80,7 @@ class EngineOptions:
 
     def __post_init__(self):
         Sharing(self.sharing)
+        self._join_processes()  # first of all: JAX's devices are fixed once somebody has asked for them
         on = jax.default_backend()
         defaults = {
             "page_size": 128 if on == "tpu" else 64,
@@ -78,7 +92,7 @@ class EngineOptions:
                 object.__setattr__(self, name, default)
         least = {
             "num_pages": 1, "num_low_rank_pages": 1, "num_recomputed_pages": 1, "decode_block": 1, "max_adapters": 0,
-            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "reserved_tokens": 1,
+            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "reserved_tokens": 1, "tensor_parallel": 1,
         }  # fmt: skip
         for name in least:
             value = getattr(self, name)
@@ -104,6 +118,24 @@ class EngineOptions:
         known = [implementation.name for implementation in IMPLEMENTATIONS]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"unknown attention implementation {self.implementation!r}; there are: {', '.join(known)}")
+        if self.tensor_parallel > 1:
+            choose_devices(self.tensor_parallel)
+
+    def _join_processes(self) -> None:
+        if not isinstance(self.distributed, bool):
+            raise InputError(f"distributed must be True or False, not {self.distributed!r}")
+        which = {name: getattr(self, name) for name in ("coordinator_address", "num_processes", "process_id")}
+        if self.distributed:
+            join_processes(**which)
+        elif given := [name for name, value in which.items() if value is not None]:
+            raise InputError(f"{', '.join(given)} without distributed=True: this engine runs in one process")
+
+
+def weight_dtype(name: str):
+    """The weights' and caches' dtype by name."""
+    if name not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
+    return jnp.dtype(name)
 
 
 def _sorted_integers(values: Any) -> tuple[int, ...] | None:

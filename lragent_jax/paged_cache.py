@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lragent_jax.adapter_use import AdapterUse
 from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
@@ -16,7 +16,6 @@ from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import OutOfPagesError
-from lragent_jax.models.sharding import current_mesh
 from lragent_jax.models.tensor_parallel import POOL, WHOLE
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import HOLE, PageCopy, PageRun
@@ -24,6 +23,9 @@ from lragent_jax.prefix_tree import PrefixTree
 from lragent_jax.sharing import PageKey, PoolName
 
 _COPIES_PER_CALL = 8
+
+_PAGES_PER_SPARE = 64
+"""When pages have to go, one more goes for so many in the pool."""
 
 _SIZE_OPTIONS: dict[PoolName, str] = {
     "base": "num_pages",
@@ -83,8 +85,8 @@ class PagedCache:
     """Base pages [P, K, p, 2H] and low-rank pages [P_lr, r, p] of every layer, and who holds them.
 
     `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
-    cached targets ("v", "k") that have a low-rank cache at all. Whoever allocates, releases or runs a program on the
-    arrays holds `lock`.
+    cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
+    heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
 
     `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
     """
@@ -100,10 +102,11 @@ class PagedCache:
         low_rank_ranks: Mapping[str, int],
         recomputed_layers: Sequence[int] = (),
         num_recomputed_pages: int = 0,
+        mesh: Mesh | None = None,
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock = FairLock()
+        self.lock, self._mesh = FairLock(), mesh
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools: dict[PoolName, PagePool] = {
             "base": PagePool(num_pages),
@@ -189,8 +192,9 @@ class PagedCache:
     def _evict(self, writers: Mapping[tuple[PagePool, int], int]) -> None:
         """Makes room for what is going to be written, or raises `OutOfPagesError` and changes nothing."""
         needed: dict[PoolName, int] = {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+        # A few more than that where the pool is large: looking through all of it for every page would take too long.
         needs: dict[PoolName, tuple[PagePool, int]] = {
-            name: (pool, needed[name] - pool.num_free)
+            name: (pool, needed[name] - pool.num_free + pool.num_pages // _PAGES_PER_SPARE)
             for name, pool in self.pools.items()
             if needed[name] > pool.num_free
         }
@@ -201,8 +205,8 @@ class PagedCache:
             self.prefixes, needs, writers, lambda index: recompute_flop(self.config, self.page_size, index),
             holders=self.holders, use=lambda key: 1.0 if key in reading else self.use.expected(key),
         )  # fmt: skip
-        for name, (pool, num_missing) in needs.items():
-            if num_freed[name] < num_missing:
+        for name, (pool, _) in needs.items():
+            if pool.num_free + num_freed[name] < needed[name]:
                 raise OutOfPagesError(
                     f"this call needs {needed[name]} more {name} pages of {self.page_size} tokens, "
                     f"{pool.num_free + num_freed[name]} of {pool.num_pages} are free: close trajectories, lower "
@@ -279,14 +283,19 @@ class PagedCache:
         for layer in range(config.num_layers):
             pool = self.pools["recomputed" if layer in self.recomputed_layers else "base"]
             shape = (pool.num_pages, config.num_kv_heads, self.page_size, 2 * config.head_dim)
-            pools += _pools(1, shape, self.dtype, POOL)
+            pools += self._zeros(1, shape, POOL)
         return tuple(pools)
 
     def _low_rank_pools(self, rank: int | None, num_pages: int):
         if rank is None:
             return None
         shape = (num_pages, rank, self.page_size)
-        return _pools(self.config.num_layers, shape, self.dtype, WHOLE)
+        return self._zeros(self.config.num_layers, shape, WHOLE)
+
+    def _zeros(self, num_layers: int, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[jax.Array, ...]:
+        """One pool per layer, each device with its part of it."""
+        place = None if self._mesh is None else NamedSharding(self._mesh, spec)
+        return tuple(jnp.zeros(shape, self.dtype, device=place) for _ in range(num_layers))
 
     def _copy(self, name: PoolName, copies: Sequence[PageCopy]) -> None:
         """Copies pages in all layers of one pool."""
@@ -306,13 +315,6 @@ class PagedCache:
             for i, pool in zip(layers, copied.kv, strict=True):
                 kv[i] = pool
             self.arrays = dataclasses.replace(self.arrays, base=BaseCache(tuple(kv)))
-
-
-def _pools(num_layers: int, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> tuple[jax.Array, ...]:
-    """One array of zeros per layer, placed where the current mesh, if any, wants them."""
-    mesh = current_mesh()
-    place = None if mesh is None else NamedSharding(mesh, spec)
-    return tuple(jnp.zeros(shape, dtype, device=place) for _ in range(num_layers))
 
 
 def _writers(claims: Iterable[Claim]) -> collections.Counter[tuple[PagePool, int]]:

@@ -1,9 +1,14 @@
 """A recorded trajectory as token ids: what is context, and what some agent wrote."""
 
 import dataclasses
+import itertools
+from typing import Literal, get_args
 
 from lragent_jax.react import ReactTrajectory, Role
 from lragent_jax.tokenizer import Tokenizer
+
+OutputKind = Literal["thought", "tool", "argument", "verdict"]
+OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,16 @@ class Recording:
     @property
     def num_output_tokens(self) -> int:
         return sum(len(part.ids) for part in self.parts if part.role is not None)
+
+    def output_kinds(self) -> list[OutputKind]:
+        """What each output is. What plan writes is a tool's name where action goes on behind it."""
+        kinds: list[OutputKind] = []
+        for part, behind in itertools.zip_longest(self.parts, self.parts[1:]):
+            if part.role == "plan":
+                kinds.append("tool" if behind is not None and behind.role == "action" else "thought")
+            elif part.role is not None:
+                kinds.append("argument" if part.role == "action" else "verdict")
+        return kinds
 
     def cut(self, max_tokens: int) -> "Recording":
         """The longest beginning of at most `max_tokens` that ends with an output; it may be empty."""

@@ -12,8 +12,8 @@ from lragent_jax.engine import Engine, Progress
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.problems import listing
 from lragent_jax.react import ROLES, ReactTrajectory
-from lragent_jax.recording import Recording
-from lragent_jax.replay_report import DECODED_TOKENS, ModeReport, ReplayReport
+from lragent_jax.recording import OUTPUT_KINDS, OutputKind, Recording
+from lragent_jax.replay_report import DECODED_TOKENS, KindReport, ModeReport, ReplayReport
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import SHARING_MODES, Sharing, SharingMode
 
@@ -98,15 +98,17 @@ class _Tally:
 
     def __init__(self):
         self._runs: list[_Run] = []
-        self._drift = Drift()
+        self._drifts: dict[OutputKind, Drift] = {kind: Drift() for kind in OUTPUT_KINDS}
 
     def add(self, run: _Run, expected: list[np.ndarray], recording: Recording) -> None:
         outputs = [part.ids for part in recording.parts if part.role is not None]
-        for reference, logits, ids in zip(expected, run.logits, outputs, strict=True):
-            self._drift.add(reference, logits, ids)
+        kinds = recording.output_kinds()
+        for reference, logits, ids, kind in zip(expected, run.logits, outputs, kinds, strict=True):
+            self._drifts[kind].add(reference, logits, ids)
         self._runs.append(dataclasses.replace(run, logits=[]))
 
     def report(self) -> ModeReport:
+        drift = Drift.total(self._drifts.values())
         tokens_per_s = next((run.tokens_per_s for run in self._runs if run.tokens_per_s is not None), None)
         return ModeReport(
             prefilled_tokens=sum(run.prefilled_tokens for run in self._runs),
@@ -114,9 +116,14 @@ class _Tally:
             cache_bytes=max(run.cache_bytes for run in self._runs),
             ttft_s=sum(run.ttft_s for run in self._runs),
             tokens_per_s=tokens_per_s,
-            top1_agreement=self._drift.top1_agreement,
-            kl=self._drift.kl,
-            nll=self._drift.nll,
+            top1_agreement=drift.top1_agreement,
+            kl=drift.kl,
+            nll=drift.nll,
+            by_kind={
+                kind: KindReport(of.num_positions, of.top1_agreement, of.kl, of.nll)
+                for kind, of in self._drifts.items()
+                if of.num_positions
+            },
         )
 
 

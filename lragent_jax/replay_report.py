@@ -3,10 +3,21 @@
 import dataclasses
 import json
 
+from lragent_jax.recording import OutputKind
 from lragent_jax.sharing import SharingMode
 
 DECODED_TOKENS = 16
 """Length of the call that measures a mode's decode speed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KindReport:
+    """Outputs of one kind: means over their `positions`."""
+
+    positions: int
+    top1_agreement: float
+    kl: float
+    nll: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +28,8 @@ class ModeReport:
     `cache_bytes` is what the largest trajectory holds at its end, base and low-rank pages together. `tokens_per_s` is
     the speed of one greedy call of `DECODED_TOKENS` tokens at the end of the first trajectory, behind its first token.
     `top1_agreement`, `kl` (nats, reference against mode) and `nll` (nats, of the recorded tokens) are means over all
-    positions of the recorded outputs. `tokens_per_s` is None where decoding was not measured.
+    positions of the recorded outputs; `by_kind` has them for each kind of output. `tokens_per_s` is None where
+    decoding was not measured.
     """
 
     prefilled_tokens: int
@@ -28,6 +40,7 @@ class ModeReport:
     top1_agreement: float
     kl: float
     nll: float
+    by_kind: dict[OutputKind, KindReport]
 
 
 @dataclasses.dataclass(frozen=True)

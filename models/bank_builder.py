@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, TARGETS, AdapterBank, LoraPair
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import AdapterError
 from lragent_jax.models.problems import listing
+from lragent_jax.models.sharding import lora_shardings
+from lragent_jax.models.tensor_parallel import WHOLE
 
 
 def bank_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
@@ -37,14 +40,14 @@ def build_bank(
     num_adapters: int | None = None,
     num_groups: int | None = None,
     ranks: Mapping[str, int] | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> AdapterBank:
     """The bank in which `adapters[i]` has id i + 1 and A-group `assign_groups(adapters)[i]`.
 
     `num_adapters` counts the rows A including the empty adapter's, `num_groups` the rows g of `lora_a` for the cached
     targets, `ranks` the ranks by target; each defaults to what the adapters need. All layers hold a pair for every
     target of `ranks`, and what is not used is zero, so banks of equal sizes have equal shapes whatever they hold: an
-    adapter can be loaded later without compiling anything anew.
+    adapter can be loaded later without compiling anything anew. On a `mesh` it lies as `bank_shardings` says.
 
     Raises `AdapterError` for an adapter that does not fit the model, the ranks or the rows, and for one whose numbers
     overflow `dtype`.
@@ -75,9 +78,10 @@ def build_bank(
                     used = pair.lora_a.shape[1]
                     lora_a[row_of[adapter_id], :, :used] = _cast(pair.lora_a, dtype, adapter)
                     lora_b[adapter_id, :used] = _cast(pair.lora_b, dtype, adapter)
-            pairs[target] = LoraPair(jax.device_put(lora_a, sharding), jax.device_put(lora_b, sharding))
+            pairs[target] = LoraPair(*jax.device_put((lora_a, lora_b), lora_shardings(target, mesh)))
         layers.append(pairs)
-    return AdapterBank(layers=tuple(layers), group_of=jax.device_put(rows, sharding))
+    everywhere = None if mesh is None else NamedSharding(mesh, WHOLE)
+    return AdapterBank(layers=tuple(layers), group_of=jax.device_put(rows, everywhere))
 
 
 def _rows(target: str, groups: Sequence[int | None], num_adapters: int) -> np.ndarray:

@@ -4,13 +4,14 @@
 shardings and checkpoints fill in. Caches, page tables and adapters are pytrees that go in and come out.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.models import cache_view
@@ -21,7 +22,18 @@ from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.packed_rows import PackedRows, attend_packed
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
-from lragent_jax.models.tensor_parallel import AXIS, HEADS, LORA_A_BY_ROW, WHOLE, per_shard, sum_over_shards
+from lragent_jax.models.tensor_parallel import (
+    AXIS,
+    BY_COLUMN,
+    BY_ROW,
+    HEADS,
+    LORA_A_BY_ROW,
+    WHOLE,
+    look_up,
+    per_shard,
+    sum_over_shards,
+)
+from lragent_jax.models.weights import Shardings, leaf_shardings
 
 
 @pytree
@@ -78,9 +90,8 @@ class ReducingLinear(Linear):
             return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
 
         pair = adapters.pairs.get(target)
-        by_row = PartitionSpec(AXIS)
         pair_specs = jax.tree.unflatten(jax.tree.structure(pair), [] if pair is None else [LORA_A_BY_ROW, WHOLE])
-        return per_shard(partial, (HEADS, by_row, pair_specs, WHOLE, WHOLE), WHOLE)(
+        return per_shard(partial, (HEADS, BY_ROW, pair_specs, WHOLE, WHOLE), WHOLE)(
             x, self.kernel[...], pair, adapters.group_of.get(target), adapters.adapter_ids
         )
 
@@ -220,7 +231,7 @@ class Llama(nnx.Module):
         """
         inv_freq = inverse_frequencies(self.config)
         rope = rotation(table.positions(tokens.shape[1]), inv_freq)
-        x = self.embed[...][tokens]
+        x = look_up(self.embed[...], tokens)
         written = []
         for i, block in enumerate(self.layers):
             cache = LayerCache(
@@ -257,7 +268,7 @@ class Llama(nnx.Module):
         """
         rope = rotation(rows.positions, inverse_frequencies(self.config))
         mask = rows.mask()
-        x = self.embed[...][rows.tokens]
+        x = look_up(self.embed[...], rows.tokens)
         for block, of_layer in zip(self.layers, pairs, strict=True):
             adapters = LayerAdapters(pairs=of_layer, group_of={}, adapter_ids=None)
             run = jax.checkpoint(block.packed, policy=saveable, static_argnums=(4,))
@@ -265,10 +276,16 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*positions D"]) -> Float[Array, "*positions V"]:
-        """Scores over the vocabulary, f32."""
-        if self.unembed is None:
-            return jnp.einsum("...d,vd->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, self.unembed[...], preferred_element_type=jnp.float32)
+        """Scores over the vocabulary, f32; where weights are cut, each device has those of its part of it."""
+        tied = self.unembed is None
+        equation = "...d,vd->...v" if tied else "...d,dv->...v"
+
+        def scores(hidden, unembed):
+            return jnp.einsum(equation, hidden, unembed, preferred_element_type=jnp.float32)
+
+        by_vocabulary = PartitionSpec(*(None,) * (hidden.ndim - 1), AXIS)
+        weight, spec = (self.embed, BY_ROW) if tied else (self.unembed, BY_COLUMN)
+        return per_shard(scores, (WHOLE, spec), by_vocabulary)(hidden, weight[...])
 
 
 Params = nnx.State
@@ -280,20 +297,28 @@ def abstract_params(config: LlamaConfig, dtype) -> tuple[nnx.GraphDef, Params]:
     return nnx.split(nnx.eval_shape(lambda: Llama(config, dtype)))
 
 
-def random_params(config: LlamaConfig, dtype, seed: int = 0) -> tuple[nnx.GraphDef, Params]:
-    """Weights drawn on the device: normal with deviation 1/sqrt(input width), norms 1, biases small."""
+def random_params(
+    config: LlamaConfig, dtype, seed: int = 0, shardings: Shardings = None
+) -> tuple[nnx.GraphDef, Params]:
+    """Weights drawn on the device: normal with deviation 1/sqrt(input width), norms 1, biases small.
+
+    They are drawn where `shardings` says they lie (`None`: on the default device); the numbers do not depend on it.
+    """
     graphdef, abstract = abstract_params(config, dtype)
-    draw = jax.jit(
-        lambda key, index, shape, scale: (jax.random.normal(jax.random.fold_in(key, index), shape) * scale).astype(
-            dtype
-        ),
-        static_argnums=(2, 3),
-    )
+
+    @functools.cache
+    def draw(shape: tuple[int, ...], scale: float, sharding: Sharding | None) -> Callable:
+        def numbers(key, index):
+            return (jax.random.normal(jax.random.fold_in(key, index), shape) * scale).astype(dtype)
+
+        return jax.jit(numbers, out_shardings=sharding)
+
     leaves, treedef = jax.tree.flatten(abstract)
     key = jax.random.key(seed)
     filled = []
-    for index, leaf in enumerate(leaves):
+    for index, (leaf, sharding) in enumerate(zip(leaves, leaf_shardings(abstract, shardings), strict=True)):
         is_norm = len(leaf.shape) == 1 and leaf.shape[0] == config.width
         scale = 0.02 if len(leaf.shape) == 1 else float(1 / np.sqrt(min(leaf.shape[0], config.mlp_width)))
-        filled.append(jnp.ones(leaf.shape, dtype) if is_norm else draw(key, index, leaf.shape, scale))
+        ones = functools.partial(jnp.ones, leaf.shape, dtype, device=sharding)
+        filled.append(ones() if is_norm else draw(leaf.shape, scale, sharding)(key, index))
     return graphdef, jax.tree.unflatten(treedef, filled)

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -33,6 +34,7 @@ MODULES = {
 """Where a decoder layer keeps each target, in Hugging Face's names."""
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_WRITTEN_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 # Saved by PEFT without, dumped from a live model with the name that the adapter had there.
 _TENSOR_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -73,13 +75,15 @@ def write_peft(
     *,
     base_model: str | None = None,
     alpha: int | float | None = None,
+    dtype: str = "float32",
     force: bool = False,
 ) -> None:
-    """Writes a folder that PEFT loads to the same mathematics, in f32; reading it back gives the same content hash.
+    """Writes a folder that PEFT loads to the same mathematics; in f32, reading it back gives the same content hash.
 
     The scale is in B already, so alpha equals r in every module. With `alpha` that is written for the most common rank
     r, and B as it was before alpha / r was folded in: the same numbers back only where that is a power of two, or up
-    to rounding. `base_model` is the name PEFT records for the base. The folder appears whole or not at all. Raises
+    to rounding. `base_model` is the name PEFT records for the base; `dtype`, "float32" or "bfloat16", that of the
+    tensors. The folder appears whole or not at all. Raises
     `AdapterError` for an adapter that does not fit the model, and `CheckpointError` for a folder that exists, unless
     `force` replaces it.
     """
@@ -107,10 +111,11 @@ def write_peft(
         "use_dora": False,
         "modules_to_save": None,
     }
+    stored = _WRITTEN_DTYPES[dtype]
     tensors = {}
     for module, pair in pairs.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(pair.lora_a.T)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b.T) / scale
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(pair.lora_a.T, stored)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b.T / scale, stored)
     with new_folder(folder, marker=CONFIG_FILE, force=force) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -1,6 +1,6 @@
 """Tensor parallelism as data: which weight is cut along which axis of a mesh."""
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 from flax import nnx
@@ -46,21 +46,33 @@ def param_shardings(config: LlamaConfig, abstract: Params, mesh: Mesh, axis: str
 
 
 def bank_shardings(bank: AdapterBank, mesh: Mesh) -> AdapterBank:
-    """A `NamedSharding` per array of the bank, such that adapters add no collective to a step.
-
-    A of q, k, v, gate and up is on every device and B is cut like the weight's output; A of o and down is cut like the
-    weight's input and B is on every device.
-    """
+    """A `NamedSharding` per array of the bank, such that adapters add no collective to a step."""
 
     def place(path, _) -> NamedSharding:
         if not isinstance(path[-1], jax.tree_util.GetAttrKey):  # group_of
             return NamedSharding(mesh, WHOLE)
-        target, factor = path[-2].key, path[-1].name
-        if target in ("o", "down"):
-            return NamedSharding(mesh, LORA_A_BY_ROW if factor == "lora_a" else WHOLE)
-        return NamedSharding(mesh, WHOLE if factor == "lora_a" else HEADS)
+        a, b = lora_shardings(path[-2].key, mesh)
+        return a if path[-1].name == "lora_a" else b
 
     return jax.tree_util.tree_map_with_path(place, bank)
+
+
+@overload
+def lora_shardings(target: str, mesh: Mesh) -> tuple[NamedSharding, NamedSharding]: ...
+@overload
+def lora_shardings(target: str, mesh: None) -> None: ...
+
+
+def lora_shardings(target: str, mesh: Mesh | None) -> tuple[NamedSharding, NamedSharding] | None:
+    """Those of A and B. None without a mesh: on the default device.
+
+    A of q, k, v, gate and up is on every device and B is cut like the weight's output; A of o and down is cut like the
+    weight's input and B is on every device.
+    """
+    if mesh is None:
+        return None
+    a, b = (LORA_A_BY_ROW, WHOLE) if target in ("o", "down") else (WHOLE, HEADS)
+    return NamedSharding(mesh, a), NamedSharding(mesh, b)
 
 
 def current_mesh() -> Mesh | None:

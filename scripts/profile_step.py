@@ -16,10 +16,7 @@ import dataclasses
 import json
 import re
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import generation
+from lragent_jax.measure.device_trace import traced_kernels
 from lragent_jax.measure.timing import DeviceSpeed, chain, measure_device, median_seconds
 from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
@@ -330,20 +328,14 @@ def whole_pass(setting: Pass) -> Callable[[], jax.Array]:
     return run
 
 
-def traced_kernels(run: Callable[[], jax.Array]) -> Counter[str]:
-    """Seconds of every kind of kernel in one `run`, as the profiler saw them; nothing where it sees no device."""
+def kernel_seconds(run: Callable[[], jax.Array]) -> list[tuple[str, float]]:
+    """Seconds of the kinds of kernels that took longest in one `run`, as the profiler saw them; none on a CPU."""
     jax.block_until_ready(run())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        [file] = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_serialized_xspace(file.read_bytes())
-    seconds: Counter[str] = Counter()
-    for plane in (plane for plane in data.planes if plane.name.startswith("/device:")):
-        for line in (line for line in plane.lines if line.name.startswith("Stream")):
-            for event in line.events:
-                seconds[re.sub(r"[._]?\d+$", "", event.name)[:60]] += event.duration_ns * 1e-9
-    return seconds
+    seconds: dict[str, float] = {}
+    for kernel in traced_kernels(run):
+        name = re.sub(r"[._]?\d+$", "", kernel.name)[:60]
+        seconds[name] = seconds.get(name, 0.0) + (kernel.stop - kernel.start) * 1e-9
+    return sorted(seconds.items(), key=lambda item: -item[1])[:12]
 
 
 # What is shown.
@@ -364,7 +356,7 @@ def measure(setting: Pass, speed: DeviceSpeed, chain_s: float, trace: bool) -> d
     del random, of_layer, others, operations
     run = whole_pass(setting)
     whole = median_seconds(run, runs=1 if setting.T > 1 else 5)
-    kernels = traced_kernels(run).most_common(12) if trace else []
+    kernels = kernel_seconds(run) if trace else []
     return {
         "B": setting.B, "T": setting.T, "S": setting.S, "operations": rows, "other_ways": other_ways,
         "sum_ms": round(sum(row["ms_per_pass"] for row in rows), 3), "whole_ms": round(whole * 1e3, 3),

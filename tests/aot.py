@@ -36,13 +36,13 @@ def require(package: str) -> None:
 
 
 @functools.cache
-def h100() -> Mesh:
-    """One H100, as a mesh with the axis "x"."""
+def h100(count: int = 1, axis: str = "x") -> Mesh:
+    """One H100, or several of one host, as a mesh with one Auto axis."""
     require("jax_cuda13_plugin")
     topology = topologies.get_topology_desc(
-        "h100", platform="cuda", target_config=H100.read_text(), topology="1x1x1"
+        "h100", platform="cuda", target_config=H100.read_text(), topology=f"1x1x{count}"
     )  # fmt: skip
-    return Mesh(np.array(topology.devices[:1]), ("x",))
+    return Mesh(np.array(topology.devices), (axis,))
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from tolerances import assert_close
 
 from lragent_jax.models.adapter import Adapter, LoraWeights, random_adapter, stack_adapters
@@ -11,6 +12,7 @@ from lragent_jax.models.adapter_bank import TARGETS, AdapterBank, lora_delta
 from lragent_jax.models.bank_builder import assign_groups, bank_ranks, build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import AdapterError
+from lragent_jax.models.sharding import bank_shardings
 
 CONFIG = LlamaConfig.preset("tiny")
 SHAPES = CONFIG.projection_shapes()
@@ -105,11 +107,11 @@ def test_a_bank_without_adapters_runs_the_base_alone():
     assert shapes_of(bank) == shapes_of(AdapterBank.empty(CONFIG.num_layers))
 
 
-def test_weights_are_rounded_once_and_stay_on_the_given_device():
+def test_weights_are_rounded_once_and_lie_where_the_mesh_wants_them():
     one = adapter(1, "v")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    bank = build_bank(CONFIG, [one], "bfloat16", sharding=sharding)
-    for leaf in jax.tree.leaves(bank):
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    bank = build_bank(CONFIG, [one], "bfloat16", mesh=mesh)
+    for leaf, sharding in zip(jax.tree.leaves(bank), jax.tree.leaves(bank_shardings(bank, mesh)), strict=True):
         assert leaf.sharding == sharding
     want = one.weights[1, "v"].lora_b.astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(bank.layers[1]["v"].lora_b)[1], want)

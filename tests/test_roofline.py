@@ -2,7 +2,8 @@
 
 import pytest
 
-from lragent_jax.measure.roofline import Roofline, predict, prefilled, react_trace
+from lragent_jax.measure.react_trace import react_trace
+from lragent_jax.measure.roofline import Roofline, predict, prefilled
 from lragent_jax.measure.tpu_chips import Chip
 from lragent_jax.models.config import LlamaConfig
 

@@ -262,7 +262,34 @@ def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, c
         ([*measure, "--modes", "nun"], "unknown: nun"),
         ([*measure, "--parts", "x"], "unknown: x"),
         ([*measure, "--kinds", "apart"], "unknown: apart; there are: shared_a"),
-        (common, "nothing to measure"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(arguments)
+
+
+def test_results_of_several_devices_become_one_study(tmp_path):
+    def write(name, settings, adapters, cells):
+        results = Results(tmp_path / name)
+        results.use_settings({"seed": 0} | settings)
+        results.use_agents("shared_a", {"adapters": adapters})
+        results.data["runs"] = [{"device": "one"}]
+        results.add("episodes", cells)
+        return results
+
+    first = write("a.json", {}, {"plan": "x"}, {"none": {"right": "11"}})
+    first.merge(write("b.json", {}, {"plan": "x"}, {"none": {"right": "00"}, "full": {"right": "10"}}))
+    whole = Results(tmp_path / "a.json")
+    assert whole.cells("episodes") == {"none": {"right": "11"}, "full": {"right": "10"}}
+    assert whole.data["runs"] == [{"device": "one"}]
+    for name, other in (
+        ("c.json", write("c.json", {"seed": 1}, {"plan": "x"}, {})),
+        ("d.json", write("d.json", {}, {"plan": "y"}, {})),
+    ):
+        with pytest.raises(InputError, match=r"seed 0|plan differ"):
+            whole.merge(other)
+        assert Results(tmp_path / "a.json").data == first.data, name
+    script = load_script("study")
+    script.main(["--out", str(tmp_path / "e.json"), "--merge", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert Results(tmp_path / "e.json").cells("episodes") == whole.cells("episodes")
+    with pytest.raises(SystemExit, match=r"no file .*missing\.json"):
+        script.main(["--out", str(tmp_path / "f.json"), "--merge", str(tmp_path / "missing.json")])

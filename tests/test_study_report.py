@@ -58,6 +58,10 @@ def cell(kind, mode, right, hops: int | None = 1, tokens=1000, **changes):
     return place | fixed | counts | changes
 
 
+def kind_of(positions, top1_agreement, kl):
+    return {"positions": positions, "top1_agreement": top1_agreement, "kl": kl, "nll": 0.0}
+
+
 @pytest.fixture
 def results(tmp_path):
     results = Results(tmp_path / "r.json")
@@ -86,8 +90,10 @@ def results(tmp_path):
     }
     results.add("kl", {
         "a": block | {"mode": "none", "number": 3, "positions": 10, "kl": 0.0, "top1_agreement": 1.0, "nll": 1.0},
-        "b": block | {"mode": "full", "number": 2, "positions": 10, "kl": 1.0, "top1_agreement": 0.5, "nll": 2.0},
-        "c": block | {"mode": "full", "number": 1, "positions": 30, "kl": 3.0, "top1_agreement": 0.9, "nll": 4.0},
+        "b": block | {"mode": "full", "number": 2, "positions": 10, "kl": 1.0, "top1_agreement": 0.5, "nll": 2.0}
+        | {"by_kind": {"thought": kind_of(10, 0.5, 1.0)}},
+        "c": block | {"mode": "full", "number": 1, "positions": 30, "kl": 3.0, "top1_agreement": 0.9, "nll": 4.0}
+        | {"by_kind": {"thought": kind_of(20, 0.8, 4.0), "argument": kind_of(10, 0.25, 0.5)}},
     })  # fmt: skip
     layers = {"base": [1.0, 0.5], "low_rank": [0.9, 0.8], "adapter": [0.1, -0.1]}
     results.add("similarity", {"a": {"kind": "shared_a", "tokens": 1000, "number": 8, "mode": None} | layers})
@@ -102,7 +108,9 @@ def test_groups_pair_the_same_questions(results):
     assert none is not None
     assert full is not None
     assert none.number == 12
-    assert none.accuracy().value == 9 / 12
+    accuracy = none.accuracy()
+    assert accuracy is not None
+    assert accuracy.value == 9 / 12
     difference = full.difference(none)
     assert difference is not None
     assert difference.value == -3 / 12
@@ -122,6 +130,7 @@ def test_groups_pair_the_same_questions(results):
     long = grid.group("shared_a", "none", 4000)
     assert long is not None
     assert long.of_hops(2) is None
+    assert long.accuracy() is None, "of one hop alone"
 
 
 def test_the_page_has_every_table_and_its_means_are_weighted(results):
@@ -129,6 +138,10 @@ def test_the_page_has_every_table_and_its_means_are_weighted(results):
     assert "| `full` | 75.0 (30.1 to 95.4) | 75.0 (30.1 to 95.4) | 0.0 (0.0 to 49.0) | 50.0 " in page
     assert "-25.0 (" in page
     assert "| `full` | 3 | 40 | 2.50e+00 | 80.00 % | 3.5000 | 67 |" in page
+    assert "| `full` | 70.0 %, 3.0e+00 |  | 25.0 %, 5.0e-01 |  |" in page
+    assert "## By length: shared_a" in page
+    assert "| `full` | 50.0 (25.4 to 74.6) |  |" in page
+    assert page.rstrip().splitlines()[-1] in page.split("## Limits")[1]
     assert "0.7500 (0.5000 to 1.0000)" in page
     assert "| shared_a | 8 | 1 | 2.00e-02 |" in page
     for line in page.splitlines():

@@ -10,7 +10,7 @@ import pytest
 import text_models
 from typer.testing import CliRunner
 
-from lragent_jax import demo
+from lragent_jax import embedded
 from lragent_jax.cli.app import app
 from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
@@ -103,7 +103,7 @@ def test_the_mix_draws_every_length_and_every_mistake():
     for band in DEFAULT_MIX.lengths:
         share = sum(band.low <= length <= band.high for length, _ in drawn) / 1500
         assert abs(share - band.share) < 0.03
-    assert 800 < sum(length for length, _ in drawn) / 1500 < 1000
+    assert 1100 < sum(length for length, _ in drawn) / 1500 < 1300
     assert sum(band.share for band in DEFAULT_MIX.lengths) == pytest.approx(1)
     only = Mix(lengths=(LengthBand(2, 5, 5), LengthBand(0, 9, 9)), mistakes_share=0)
     assert {only.draw(question) for question in make_questions("train", 50, 0)} == {(5, None)}
@@ -125,9 +125,9 @@ def test_sets_that_cannot_be_written_are_refused(tmp_path):
 
 def test_pieces_tokenise_as_the_whole_text_does():
     """With the tokenizer of the embedded base, which agents are trained on in one piece and run on in many."""
-    if importlib.util.find_spec(demo.MODEL_PACKAGE) is None:
-        pytest.skip(f"needs {demo.MODEL_REQUIREMENT}")
-    tokenizer = load_tokenizer(demo.find_model())
+    if importlib.util.find_spec(embedded.MODEL_PACKAGE) is None:
+        pytest.skip(f"needs {embedded.MODEL_REQUIREMENT}")
+    tokenizer = load_tokenizer(embedded.find_model())
     assert tokenizer is not None
     for split in SPLITS:
         for question in make_questions(split, 6, 5):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: options.Model,
+    model: options.EmbeddedModel = None,
     adapter: options.Adapters = [],  # noqa: B006  (read only)
     agent: Annotated[
         str | None, typer.Option(help="The adapter to run; without it the base model.", show_default=False)
@@ -45,6 +45,7 @@ def generate(
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
+    tensor_parallel: options.TensorParallel = 1,
     json: options.Json = False,
 ) -> None:
     """Generate with one agent. The text comes from --prompt, --file or standard input."""
@@ -52,7 +53,7 @@ def generate(
         raise typer.BadParameter("give one of --prompt, --file and --token-ids")
     if stream and json:
         raise typer.BadParameter("--json prints one line at the end; it does not go with --stream")
-    adapters, mode = options.name_path_pairs(adapter, "--adapter"), options.sharing_mode(sharing)
+    given, mode = options.name_path_pairs(adapter, "--adapter"), options.sharing_mode(sharing)
     layers = options.recompute_layers(recompute_layers, [mode])
     context = options.integers(token_ids, "--token-ids") if token_ids is not None else _text(prompt, file)
     from lragent_jax import compilation_cache
@@ -60,6 +61,7 @@ def generate(
     from lragent_jax.engine import Engine
     from lragent_jax.sampling_params import SamplingParams
 
+    path, adapters = options.model_and_adapters(model, given)
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop)
     )
@@ -67,8 +69,8 @@ def generate(
     with progress_bar() as progress:
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
-            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
-            progress=labelled(progress, "reading the model"),
+            path, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
+            tensor_parallel=tensor_parallel, progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         if chat and isinstance(context, str):
             context = _in_chat_template(engine, context)

@@ -1,6 +1,6 @@
 """Options that several commands take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,15 @@ Model = Annotated[
 OptionalModel = Annotated[
     Path | None, typer.Option("--model", help="The model that the adapters belong to.", show_default=False)
 ]
+EmbeddedModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="A Hugging Face folder, a GGUF file, or an Orbax checkpoint of ours; without it the embedded model and, "
+        "unless --adapter names others, its trained agents plan, action and reflect.",
+        show_default=False,
+    ),
+]
 Adapters = Annotated[
     list[str],
     typer.Option("--adapter", metavar="NAME=FOLDER", help="An agent and its PEFT or Orbax folder; repeatable."),
@@ -23,6 +32,9 @@ NumPages = Annotated[
     int | None, typer.Option(help="Pages of the base cache; by default as many as the run needs.", show_default=False)
 ]
 PageSize = Annotated[int | None, typer.Option(help="Tokens per page (default 64, on TPU 128).", show_default=False)]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, metavar="N", help="Cut weights and kv heads for so many devices.")
+]
 RecomputeLayers = Annotated[
     str | None,
     typer.Option(
@@ -42,6 +54,15 @@ def name_path_pairs(pairs: Sequence[str], option: str) -> dict[str, Path]:
 def role_agents(pairs: Sequence[str]) -> dict[str, str | None]:
     """`ROLE=AGENT` arguments by role; an empty agent is the base model."""
     return {role: agent or None for role, agent in _pairs(pairs, "--role", "ROLE=AGENT", empty_allowed=True).items()}
+
+
+def model_and_adapters(model: Path | None, adapters: Mapping[str, Path]) -> tuple[Path, dict[str, Path]]:
+    """What `EmbeddedModel` and `Adapters` came to. Agents of the embedded model belong to no other."""
+    if model is not None:
+        return model, dict(adapters)
+    from lragent_jax.embedded import adapter_folders, find_model
+
+    return find_model(), dict(adapters or adapter_folders())
 
 
 def sharing_modes(text: str) -> list[SharingMode]:

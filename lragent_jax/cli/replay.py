@@ -11,8 +11,11 @@ from lragent_jax.sharing import SHARING_MODES
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(help="Recorded trajectories in JSON.", show_default=False)],
-    model: options.Model,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Recorded trajectories in JSON; without it those of the package.", show_default=False),
+    ] = None,
+    model: options.EmbeddedModel = None,
     adapter: options.Adapters = [],  # noqa: B006  (read only)
     modes: Annotated[str, typer.Option(help="Sharing modes, separated by commas.")] = ",".join(SHARING_MODES),
     limit: Annotated[
@@ -32,25 +35,28 @@ def replay(
     dtype: options.Dtype = "bfloat16",
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
+    tensor_parallel: options.TensorParallel = 1,
     json: options.Json = False,
 ) -> None:
     """Replay recorded trajectories under every sharing mode, and compare what it costs and changes."""
-    adapters = options.name_path_pairs(adapter, "--adapter")
+    given = options.name_path_pairs(adapter, "--adapter")
     sharing_modes, roles = options.sharing_modes(modes), options.role_agents(role)
     layers = options.recompute_layers(recompute_layers, sharing_modes)
     from lragent_jax import compilation_cache
     from lragent_jax.cli.replay_table import print_report
+    from lragent_jax.embedded import example_trajectories
     from lragent_jax.engine import Engine
     from lragent_jax.react import read_trajectories
     from lragent_jax.replay import replay as run
 
-    trajectories = read_trajectories(file)[:limit]
+    path, adapters = options.model_and_adapters(model, given)
+    trajectories = (example_trajectories() if file is None else read_trajectories(file))[:limit]
     compilation_cache.enable()
     with progress_bar() as progress:
         progress(0, 0, "reading the model")
         engine = Engine.from_pretrained(
-            model, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
-            progress=labelled(progress, "reading the model"),
+            path, adapters, dtype=dtype, sharing="full", num_pages=1, page_size=page_size, recompute_layers=layers,
+            tensor_parallel=tensor_parallel, progress=labelled(progress, "reading the model"),
         )  # fmt: skip
         report = run(
             engine, trajectories, sharing_modes,

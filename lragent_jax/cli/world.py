@@ -24,7 +24,7 @@ def world(
     model: options.OptionalModel = None,
 ) -> None:
     """Write plan.jsonl, action.jsonl and reflect.jsonl, lines of input and output, and questions.jsonl."""
-    from lragent_jax.demo import find_model
+    from lragent_jax.embedded import find_model
     from lragent_jax.world.examples import DEFAULT_MIX, Mix, write_examples
     from lragent_jax.world.names import SPLITS
     from lragent_jax.world.padding import TokenCounter

@@ -1,4 +1,4 @@
-"""The least time that a ReAct trace can take on a TPU: bytes and FLOP of its calls over the vendor's figures.
+"""The least time that a ReAct trace can take: bytes and FLOP of its calls over what a chip can do, or was seen to do.
 
 Counted: weights once per chunk and per decode step; base and low-rank pages once per query tile and per decode step;
 products of the linear maps, of attention, and of probabilities with low-rank values. Not counted: collectives, B, and
@@ -7,20 +7,14 @@ whatever does not overlap. Under tensor parallelism everything is divided by the
 
 import dataclasses
 
+from lragent_jax.measure.react_trace import Call, react_trace
 from lragent_jax.measure.tpu_chips import Chip
 from lragent_jax.models.config import LlamaConfig
 
 MODES = ("none", "base_lr", "full")
 
 
-def react_trace(chunk: int) -> list[tuple[str, int, int]]:
-    """(agent, new tokens, decoded tokens) of the 17 calls of LRAgent's trace (arXiv 2602.01053, Table 12)."""
-    turn = [("plan", chunk, 32), ("plan", 8, 8), ("action", 8, 8)]
-    opening = [("plan", 512, 32), ("plan", 8, 8), ("action", 8, 8)]
-    return [*opening, *(turn * 4), ("reflect", 32, 32), ("reflect", 8, 8)]
-
-
-def prefilled(calls: list[tuple[str, int, int]], mode: str) -> list[tuple[int, int]]:
+def prefilled(calls: list[Call], mode: str) -> list[tuple[int, int]]:
     """(tokens, context) that each call prefills and ends prefill with. Under `none` an agent reads what it has not."""
     length, read, spans = 0, {}, []
     for agent, new, decoded in calls:
@@ -83,7 +77,7 @@ class Roofline:
 def predict(roofline: Roofline, mode: str, chunk: int) -> dict[str, float]:
     """Time to first token summed over the trace's calls, milliseconds per decoded token, and tokens per second."""
     calls = react_trace(chunk)
-    if mode != "base_lr":
+    if mode not in ("base_lr", "pre_lr"):
         roofline = dataclasses.replace(roofline, rank=0)
     spans = prefilled(calls, mode)
     ttft = sum(roofline.prefill_s(tokens, context) for tokens, context in spans)

@@ -23,8 +23,13 @@ class Group:
     def number(self) -> int:
         return sum(cell["number"] for cell in self.cells)
 
-    def accuracy(self) -> Estimate:
-        return share(self.right)
+    @property
+    def is_complete(self) -> bool:
+        """Whether every number of hops is there: means over some of them would not compare with means over all."""
+        return {cell["hops"] for cell in self.cells} in ({None}, {1, 2, 3})
+
+    def accuracy(self) -> Estimate | None:
+        return share(self.right) if self.is_complete else None
 
     def of_hops(self, hops: int) -> Estimate | None:
         """Of the questions with so many hops; where they are mixed, every third one."""

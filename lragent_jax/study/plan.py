@@ -72,13 +72,17 @@ FULL = Scale(
 REDUCED = Scale(
     name="reduced",
     hops=(None,),
-    episodes=(Sample(300, 50), Sample(600, 50)),
-    other_episodes=(Sample(300, 50), Sample(600, 50)),
-    kl=(Sample(300, 3),),
-    similarity=Sample(300, 2),
-    sensitivity=Sample(300, 2),
+    episodes=(Sample(250, 50), Sample(500, 50)),
+    other_episodes=(Sample(250, 50), Sample(500, 50)),
+    kl=(Sample(250, 3),),
+    similarity=Sample(250, 2),
+    sensitivity=Sample(250, 2),
     block=3,
 )
+
+REDUCED_MODES: tuple[SharingMode, ...] = ("none", "full", "base", "base_lr")
+"""Of a reduced study unless others are asked for: `pre_lr` is `base_lr` again for one A-group, and each of the others
+needs programs of its own, which two cores compile for a minute."""
 
 
 @dataclasses.dataclass(frozen=True)

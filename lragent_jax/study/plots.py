@@ -53,7 +53,9 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
     modes = grid.modes(kind)
     for i, mode in enumerate(modes):
         found = [
-            (tokens, group.accuracy()) for tokens in grid.lengths(kind) if (group := grid.group(kind, mode, tokens))
+            (tokens, accuracy)
+            for tokens in grid.lengths(kind)
+            if (group := grid.group(kind, mode, tokens)) and (accuracy := group.accuracy())
         ]
         shift = 1 + 0.02 * (i - len(modes) / 2)  # so that intervals stand side by side
         xs, estimates = [tokens * shift for tokens, _ in found], [estimate for _, estimate in found]

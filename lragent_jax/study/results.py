@@ -55,6 +55,17 @@ class Results:
                 "another name, name another file, or start it anew (--fresh)"
             )
 
+    def merge(self, other: "Results") -> None:
+        """Takes the cells of `other` that this one lacks; both must belong to the same study and the same agents."""
+        self.use_settings(other.data["settings"])
+        for name, identity in other.data["kinds"].items():
+            self.use_agents(name, identity)
+        runs = self.data.setdefault("runs", [])
+        runs += [run for run in other.data.get("runs", []) if run not in runs]
+        for part, cells in other.data["cells"].items():
+            self.data["cells"][part] = dict(cells) | self.cells(part)
+        self.save()
+
     def save(self) -> None:
         draft = self.path.with_name(f".{self.path.name}.draft")
         try:

@@ -1,9 +1,10 @@
 """The tables of a study in Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lragent_jax.react import ROLES
+from lragent_jax.recording import OUTPUT_KINDS
 from lragent_jax.sharing import SHARING_MODES
 from lragent_jax.study.grid import Grid, Group
 from lragent_jax.study.results import Results
@@ -15,14 +16,28 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     sections = [
         _head(results),
         *_images(plots),
+        *_by_length(results),
         *_episodes(results),
         *_teacher_forced(results, "kl", "Teacher-forced on evaluation trajectories", _KL_NOTE),
         *_teacher_forced(results, "recorded", "Recorded text", _RECORDED_NOTE),
         *_similarity(results),
         *_sensitivity(results),
+        _LIMITS,
     ]
     return "\n\n".join(sections) + "\n"
 
+
+_LIMITS = """## Limits
+
+* One small base (the smaller a model, the more of a task its adapters carry, and the further its agents' states drift
+  apart), one made-up world, one training of every kind of agents: intervals are over questions alone.
+* Greedy decoding. A wrong thought stays in the context, so that every later output reads it: free episodes add up what
+  single outputs, teacher-forced, lose.
+* Lengths are those of a right episode, reached with paragraphs about other entities; a wrong episode may end shorter or
+  longer.
+* No training or validation text holds a name of the evaluation questions. Before the embedded agents were trained, the
+  wrong answers of weaker ones to twenty questions of seed 0 were read, and the training mix was given more paragraphs
+  about other entities; nothing else was chosen with these questions in view."""
 
 _KL_NOTE = (
     "The oracle's outputs under the agents that should write them; means over all their positions. KL is that of "
@@ -47,14 +62,32 @@ def _head(results: Results) -> str:
         f"scale, seed {settings.get('seed')}. {runs}.\n\n"
         "Agents plan, action and reflect answer questions about a world whose names no training text holds. They write "
         "freely, greedily, and tools answer. All modes get the same questions and the same paragraphs, and nothing but "
-        "the cache is different. Intervals are 95 %: Wilson's for shares, Agresti and Min's for paired differences to "
-        "`none` on the same questions, in percentage points."
+        "the cache is different; how the embedded agents (shared_a) were made stands in "
+        "`lragent_jax/data/adapters/README.md`. The paper (arXiv 2602.01053) found `none` ≥ `base` ≈ `base_lr` > "
+        "`full` for adapters of an 8B model; what follows is what was found here. Intervals are 95 %: "
+        "Wilson's for shares, Agresti and Min's for paired differences to `none` on the same "
+        "questions, in percentage points. What is empty was not measured."
     )
 
 
 def _images(plots: Sequence[str]) -> Iterator[str]:
     if plots:
         yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+
+
+def _by_length(results: Results) -> Iterator[str]:
+    """All hops together, a column for every length."""
+    grid = Grid(results)
+    for kind in grid.kinds:
+        lengths = grid.lengths(kind)
+        if len(lengths) < 2:
+            continue
+        rows = []
+        for mode in grid.modes(kind):
+            groups = [grid.group(kind, mode, tokens) for tokens in lengths]
+            rows.append([f"`{mode}`", *(_share(group.accuracy() if group else None) for group in groups)])
+        yield f"## By length: {kind}\n\nQuestions right in %, 1 to 3 hops together."
+        yield _table(("sharing", *(f"{tokens:,} tokens" for tokens in lengths)), rows)
 
 
 def _episodes(results: Results) -> Iterator[str]:
@@ -82,10 +115,12 @@ _EPISODE_COLUMNS = (
 
 
 def _episode_row(mode: str, group: Group, reference: Group | None) -> list[str]:
+    by_hops = [f"`{mode}`", *(_share(group.of_hops(hops)) for hops in (1, 2, 3))]
+    if not group.is_complete:
+        return by_hops + [""] * (len(_EPISODE_COLUMNS) - len(by_hops))
     difference = group.difference(reference) if reference and mode != "none" else None
     return [
-        f"`{mode}`",
-        *(_share(group.of_hops(hops)) for hops in (1, 2, 3)),
+        *by_hops,
         _share(group.accuracy()),
         _points(difference),
         f"{100 * (1 - group.ends('finished')):.1f} %",
@@ -111,6 +146,29 @@ def _teacher_forced(results: Results, part: str, title: str, note: str) -> Itera
         yield f"### {kind}: {number} trajectories of up to {tokens:,} tokens"
         columns = ("sharing", "trajectories", "positions", "KL", "top-1 as `none`", "NLL", "prefilled")
         yield _table(columns, rows)
+        yield from _by_output_kind(of_mode)
+
+
+def _by_output_kind(of_mode: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[str]:
+    """Whose outputs move: top-1 agreement and KL by what is written, over the cells that have them apart."""
+    rows = []
+    for mode, cells in of_mode.items():
+        parts = [cell["by_kind"] for cell in cells if "by_kind" in cell]
+        if parts and mode != "none":
+            rows.append(
+                [f"`{mode}`", *(_moved([part[kind] for part in parts if kind in part]) for kind in OUTPUT_KINDS)]
+            )
+    if rows:
+        yield "Top-1 as `none`, and KL from it, by what is written: thoughts and tools are plan's, arguments action's."
+        yield _table(("sharing", *(f"{kind}s" for kind in OUTPUT_KINDS)), rows)
+
+
+def _moved(parts: Sequence[Mapping[str, float]]) -> str:
+    positions = sum(part["positions"] for part in parts)
+    if not positions:
+        return ""
+    top1, kl = (sum(part[name] * part["positions"] for part in parts) / positions for name in ("top1_agreement", "kl"))
+    return f"{100 * top1:.1f} %, {kl:.1e}"
 
 
 def _teacher_forced_row(cells: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,6 @@
 """How far modes move the agents' distributions on text that is given."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def run_block(
             "kl": figures.kl,
             "top1_agreement": figures.top1_agreement,
             "nll": figures.nll,
+            "by_kind": {kind: dataclasses.asdict(of) for kind, of in figures.by_kind.items()},
             "prefilled_tokens": figures.prefilled_tokens,
             "cached_tokens": figures.cached_tokens,
         }

@@ -80,13 +80,16 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, config: LlamaCon
     causal attention that is the same loss for fewer tokens. Raises one `InputError` that lists every example that
     cannot be run.
     """
+    texts, starts = _new_texts(examples)
+    contexts = _encode(texts, examples, tokenizer)
+    outputs = _encode([example.output for example in examples], examples, tokenizer)
     sequences: list[_Growing] = []
     problems = []
-    for example in examples:
-        if not sequences or not example.input.startswith(sequences[-1].text):
+    for example, starts_one, context, output in zip(examples, starts, contexts, outputs, strict=True):
+        if starts_one:
             sequences.append(_Growing())
         try:
-            sequences[-1].add(example, tokenizer, config)
+            sequences[-1].add(tokenizer.with_bos(context) if starts_one else context, output, config)
         except InputError as error:
             problems.append(f"{example.place}: {error}")
     if problems:
@@ -102,18 +105,38 @@ def sequences_hash(sequences: Sequence[TokenSequence]) -> str:
     return digest.hexdigest()
 
 
+def _new_texts(examples: Sequence[Example]) -> tuple[list[str], list[bool]]:
+    """What each input has behind the example before it, and whether it starts a sequence instead of going on."""
+    texts, starts, before = [], [], None
+    for example in examples:
+        starts.append(before is None or not example.input.startswith(before))
+        texts.append(example.input if starts[-1] or before is None else example.input[len(before) :])
+        before = example.input + example.output
+    return texts, starts
+
+
+def _encode(texts: Sequence[str], examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of a text of every example; one `InputError` that lists the examples whose text has none."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except InputError as of_batch:
+        problems = []
+        for text, example in zip(texts, examples, strict=True):
+            try:
+                tokenizer.encode(text)
+            except InputError as error:
+                problems.append(f"{example.place}: {error}")
+        raise InputError(listing("these examples cannot be run:", problems)) from of_batch
+
+
 class _Growing:
     """A sequence to which examples are added."""
 
     def __init__(self):
-        self.text = ""
         self.ids: list[int] = []
         self.is_output: list[bool] = []
 
-    def add(self, example: Example, tokenizer: Tokenizer, config: LlamaConfig) -> None:
-        context = tokenizer.encode(example.input[len(self.text) :], add_bos=not self.ids)
-        output = tokenizer.encode(example.output)
-        self.text = example.input + example.output
+    def add(self, context: Sequence[int], output: Sequence[int], config: LlamaConfig) -> None:
         if not self.ids and not context:
             raise InputError("the input is empty, and this tokenizer puts nothing in front: there is nothing to read")
         if not output:

@@ -42,7 +42,7 @@ class TrainingOptions:
     targets: tuple[str, ...] = ("q", "v")
     steps: int | None = None
     epochs: int | None = None
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     warmup: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -1,0 +1,135 @@
+"""The trace under several modes side by side, over weights made once; and one trajectory by itself."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from lragent_jax.engine import Engine
+from lragent_jax.measure.bench_model import BenchModel
+from lragent_jax.measure.bench_setting import BenchSetting, say
+from lragent_jax.measure.device_trace import around_longest_gap, busiest_program, idle_shares, traced_kernels
+from lragent_jax.measure.page_budget import pool_options
+from lragent_jax.measure.react_trace import mean_context, num_tokens, react_trace, trace_buckets
+from lragent_jax.measure.roofline import Roofline, predict
+from lragent_jax.measure.tpu_chips import Chip
+from lragent_jax.measure.trace_run import clean_runs, decode_step, exactly, prefill_seconds, random_ids, run_trace
+from lragent_jax.sharing import SharingMode
+from lragent_jax.trajectory import Trajectory
+
+SHORT = 128
+"""Tokens of a short context: next to nothing of a decode step is the cache."""
+
+PEER_CONTEXT = 4096
+PEER_PREFILLS = (4096, 8192)
+
+_FLOORS = ("none", "full", "base_lr", "pre_lr")  # what a call runs under `base` has two kinds of floor
+
+
+def spare_tokens(setting: BenchSetting) -> int:
+    """What a trajectory grows by, beyond a trace, while its decode step is measured and profiled."""
+    return (setting.repeats + 8) * (1 + setting.steps)
+
+
+def measure_trace(
+    model: BenchModel,
+    setting: BenchSetting,
+    chunk: int,
+    modes: Sequence[SharingMode],
+    buckets: Sequence[int] | None = None,
+    solo: bool = True,
+) -> dict[str, Any]:
+    """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself."""
+    calls = react_trace(chunk)
+    total = num_tokens(calls)
+    buckets = sorted(buckets or trace_buckets(chunk))
+    context_length = total + spare_tokens(setting)  # of the longest trace it exceeds the preset's
+    num_pages = setting.budget.pages(context_length) + 1
+    together = pool_options(modes, len(model.agents), num_pages)
+    result: dict[str, Any] = {"total_tokens": total, "prefill_buckets": buckets, "modes": {}}
+    for mode in modes:
+        pools = together[mode]
+        if missing_bytes(model, setting, pools, buckets[-1]):
+            pools = pool_options([mode], len(model.agents), num_pages)[mode]
+        if missing := missing_bytes(model, setting, pools, buckets[-1]):
+            result["modes"][mode] = missing
+            say(f"{mode}: {total:,} tokens need {missing['bytes_needed']:,} bytes, "
+                f"the device has {missing['bytes_limit']:,}")  # fmt: skip
+            continue
+        engine = model.engine(
+            mode, context_length, **pools, prefill_buckets=buckets, prefix_cache=False, **setting.engine_options()
+        )
+        warm = react_trace(min(chunk, buckets[-1]))  # the same programs in less time
+        runs = clean_runs(
+            functools.partial(run_trace, engine, calls), setting.repeats, functools.partial(run_trace, engine, warm)
+        )
+        result["modes"][mode] = runs.medians | {"num_programs": runs.num_programs, "compile_s": runs.compile_s}
+        result["modes"][mode] |= _floors(model, setting, mode, chunk, buckets[-1])
+        say(f"{mode}: TTFT {runs.medians['ttft_s']:.3f} s, {runs.medians['tokens_per_s']:.0f} tokens/s, "
+            f"{runs.num_programs} programs compiled or fetched in {runs.compile_s:.1f} s")  # fmt: skip
+        if solo and mode == "base_lr":
+            result |= _solo(engine, model, setting, total)
+        del engine
+    return result
+
+
+def missing_bytes(
+    model: BenchModel, setting: BenchSetting, pools: dict[str, int], chunk: int
+) -> dict[str, int] | None:  # fmt: skip
+    """None if pools of that size fit beside the weights, or nobody knows; else what is needed and what there is."""
+    needed = model.weight_bytes + setting.budget.pool_bytes(**pools) + setting.budget.activation_bytes(chunk)
+    if setting.device_bytes is None or needed <= setting.device_bytes:
+        return None
+    return {"bytes_needed": needed, "bytes_limit": setting.device_bytes}
+
+
+def _floors(model: BenchModel, setting: BenchSetting, mode: str, chunk: int, bucket: int) -> dict[str, float]:
+    """The least time for the mode's work, and what attention has to do for each token of it."""
+    c = model.config
+    context = mean_context(react_trace(chunk), mode)
+    figures = {"attention_flop_per_token": 4.0 * c.num_layers * c.num_heads * c.head_dim * context}
+    if mode in _FLOORS:
+        here = Chip("here", 0, setting.speed.bytes_per_s, setting.speed.flop_per_s)
+        floors = predict(Roofline(here, 1, c, setting.rank, chunk=bucket, itemsize=setting.itemsize), mode, chunk)
+        figures |= {
+            "ttft_floor_s": floors["ttft_s"], "decode_floor_ms": floors["decode_ms_per_token"],
+            "tokens_per_s_floor": floors["tokens_per_s"],
+        }  # fmt: skip
+    return figures
+
+
+def _solo(engine: Engine, model: BenchModel, setting: BenchSetting, total: int) -> dict[str, Any]:
+    """One trajectory: decode steps on short and long contexts, and prefills that peers are compared with."""
+    agent, room = model.agents[0], total
+    steps, profile = {}, {}
+    contexts = {"short": SHORT, str(PEER_CONTEXT): PEER_CONTEXT, "long": total}
+    for name, context in contexts.items():
+        if context > room:
+            continue
+        with contextlib.closing(engine.trajectory()) as trajectory:
+            trajectory.append(random_ids(engine, context))
+            step = decode_step(engine, [trajectory], [agent], setting.steps, setting.repeats)
+            steps[name] = step | {"floor_ms": setting.step_floor_ms(model.weight_bytes, step["context"])}
+            if setting.profile and name != str(PEER_CONTEXT):
+                profile[f"one row on {context:,} tokens"] = profiled(engine, [trajectory], [agent], 2 * setting.steps)
+    prefills = {
+        str(tokens): prefill_seconds(engine, agent, tokens, setting.repeats)
+        for tokens in PEER_PREFILLS
+        if tokens <= room
+    }
+    result: dict[str, Any] = {"decode_steps": steps}
+    if str(PEER_CONTEXT) in steps:
+        result["solo"] = {"prefill_s": prefills, "decode_ms": steps[str(PEER_CONTEXT)]["ms"]}
+    return result | ({"profile": profile} if profile else {})
+
+
+def profiled(
+    engine: Engine, trajectories: Sequence[Trajectory], agents: Sequence[str], steps: int
+) -> dict[str, Any]:  # fmt: skip
+    """When the device idles while so many steps are decoded. Nothing new should be in the trajectories."""
+    kernels = busiest_program(
+        traced_kernels(lambda: engine.generate(list(trajectories), list(agents), exactly(1 + steps)))
+    )
+    if not kernels:
+        return {"absent": "the profiler saw no device"}
+    return idle_shares(kernels, steps) | {"kernels": around_longest_gap(kernels)}

@@ -1,0 +1,36 @@
+"""What two H100s would run of a Llama cut for them: its collectives and kernels, with no H100 there."""
+
+import dataclasses
+
+import aot
+import pytest
+
+from lragent_jax.measure.tpu_programs import Workload
+from lragent_jax.measure.tpu_report import cache_copies, collectives
+from lragent_jax.models.config import LlamaConfig
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize("implementation", ["pallas_mosaic_gpu", "pallas_triton", "xla"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, implementation):
+    config = dataclasses.replace(LlamaConfig.preset("llama-3.1-8b"), num_layers=1, vocab_size=16_384)
+    tokens = 256 if program == "prefill" else 1
+    workload = Workload(
+        config, aot.h100(2, "model"), rank=8, tokens=tokens, page_size=64, pages=1000, width=512,
+        implementation=implementation,
+    )  # fmt: skip
+    compiled = workload.lower(program).compile()
+    assert aot.implementations_in(compiled) == {implementation}
+    assert cache_copies(compiled, workload.caches()) == []
+    found = collectives(compiled)
+    assert found.keys() <= {"all-reduce", "all-gather"}
+    reduces = 2 * config.num_layers + 1  # one for the embeddings
+    activations = tokens * config.width * 2
+    assert found["all-reduce"] == {"count": reduces, "bytes": reduces * activations}
+    logits = config.vocab_size * 4
+    assert found["all-gather"]["bytes"] <= logits + 64  # to sample from; greedy decoding moves two numbers a device
+    pools = [pool.sharding.shard_shape(pool.shape) for kind in workload.caches() for pool in kind]
+    assert pools[0][1] == config.num_kv_heads // 2
+    assert aot.temporaries(compiled) < 60e6

@@ -1,0 +1,161 @@
+"""scripts/bench_agents.py at toy sizes: every regime runs, counts right, and refuses what cannot fit."""
+
+import json
+import os
+
+import pytest
+from script_modules import load_script
+
+from lragent_jax.measure import torch_peer, trace_run
+from lragent_jax.measure.page_budget import pool_options
+from lragent_jax.measure.react_trace import react_trace, spans
+from lragent_jax.measure.timing import DeviceSpeed
+from lragent_jax.measure.trace_run import clean_runs, trace_figures
+from lragent_jax.outputs import GenerationOutput
+
+bench_agents = load_script("bench_agents")
+TOY = "--preset tiny --layers 1 --rank 8 --dtype float32 --page-size 8 --repeats 1 --steps 2 --no-compilation-cache"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The last line of one run, and what it says on the way."""
+    monkeypatch.setattr(bench_agents, "measure_device", lambda: DeviceSpeed(1e10, 1e11))
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")
+
+    def call(*arguments: str) -> tuple[dict, str]:
+        monkeypatch.setattr("sys.argv", ["bench_agents.py", *TOY.split(), *arguments])
+        bench_agents.main()
+        captured = capsys.readouterr()
+        return json.loads(captured.out.splitlines()[-1]), captured.err
+
+    return call
+
+
+def test_a_trace_and_a_batch(run, tmp_path):
+    out = tmp_path / "results.json"
+    found, _ = run("--trace", "8", "--modes", "none,base_lr", "--prefill-buckets", "64",
+                   "--batch", "2", "--prefix", "16", "--context", "32", "--profile", "--out", str(out))  # fmt: skip
+    trace = found["trace"]["8"]
+    calls = react_trace(8)
+    assert trace["total_tokens"] == 944
+    for mode in ("none", "base_lr"):
+        figures = trace["modes"][mode]
+        assert figures["prefilled_tokens"] == sum(stop - start for start, stop in spans(calls, mode)), mode
+        assert 0 < figures["ttft_floor_s"] < figures["ttft_s"]
+        assert figures["compile_s"] > 0
+    # Pages of 8 tokens under f32 heads of 8 and r = 8: a low-rank page is a quarter of a base page.
+    pages = -(-943 // 8)
+    layer_bytes = {"base": 8 * 2 * 2 * 8 * 4, "low_rank": 8 * 8 * 4}
+    assert trace["modes"]["base_lr"]["cache_bytes"] == pages * sum(layer_bytes.values())
+    assert trace["modes"]["none"]["cache_bytes"] <= 3 * pages * layer_bytes["base"]
+    assert set(trace["decode_steps"]) == {"short", "long"}
+    assert found["batch"]["one_ms"] > 0
+    assert found["batch"]["fitting"]["base_lr"] > 2 * found["batch"]["fitting"]["none"]
+    assert len(found["profile"]) == 3
+    assert json.loads(out.read_text())["trace"]["8"]["modes"] == trace["modes"]
+    assert [row["what"] for row in found["targets"]] == [
+        "trajectories that fit, base_lr to none", "decode step of 2 rows: x floor", "tokens/s of 2 rows to one"
+    ]  # fmt: skip
+
+
+def test_what_agents_and_trajectories_cost(run):
+    found, _ = run("--memory", "--agents", "3", "--preset", "llama-3.1-8b", "--dtype", "bfloat16")
+    memory = found["memory"]
+    base, low_rank = 64 * 2 * 8 * 128 * 2, 64 * 8 * 2  # 64 tokens of one layer
+    assert memory["tokens"] == 64
+    assert memory["cache_bytes"] == {
+        "none": {"3": 3 * base},
+        "full": {"3": base},
+        "base": {"3": base + 3 * low_rank},
+        "base_lr": {"3": base + low_rank},
+        "pre_lr": {"3": base + 3 * low_rank},
+    }
+    opened = memory["opened"]
+    assert opened["tried"] == {mode: opened["counted"][mode] for mode in ("none", "base_lr")}
+    assert opened["tried"] == {"none": 4, "base_lr": 13}
+
+
+def test_a_mode_that_does_not_fit_says_what_it_needs_and_allocates_nothing(run, monkeypatch):
+    monkeypatch.setattr(bench_agents, "device_bytes", lambda: 10**6)
+    monkeypatch.setattr("lragent_jax.measure.bench_model.BenchModel.engine", None)
+    found, said = run("--trace", "8", "--modes", "none,base_lr", "--batch", "3")
+    sizes = {mode: figures["bytes_needed"] for mode, figures in found["trace"]["8"]["modes"].items()}
+    assert sizes["none"] > sizes["base_lr"] > found["batch"]["bytes_limit"] == 10**6
+    assert f"none: 944 tokens need {sizes['none']:,} bytes, the device has 1,000,000" in said
+
+
+def test_the_peer_says_what_it_lacks(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch_peer, "PACKAGES", ("json", "no_such_package"))
+    monkeypatch.setattr("sys.argv", ["torch_peer"])
+    torch_peer.main()
+    absent = json.loads(capsys.readouterr().out)
+    assert absent == {"absent": "not installed: no_such_package"}
+    monkeypatch.setattr(bench_agents, "run_peers", lambda arguments: absent)
+    found, _ = run("--peers")
+    assert found == {"peers": absent, "targets": []}
+
+
+def test_jax_takes_the_fraction_that_was_asked_for_unless_the_user_has_chosen(monkeypatch):
+    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for name in (new, old):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(new, "0.1")
+    bench_agents.set_memory_fraction(0.95)
+    assert os.environ[new] == "0.1"
+    monkeypatch.delenv(new)
+    monkeypatch.setenv(old, "0.2")
+    bench_agents.set_memory_fraction(0.95)
+    assert new not in os.environ  # both together JAX refuses
+    monkeypatch.delenv(old)
+    monkeypatch.setitem(os.environ, new, "to be taken back")
+    del os.environ[new]
+    bench_agents.set_memory_fraction(0.95)
+    assert os.environ[new] == "0.95"
+
+
+def test_figures_of_a_trace_by_hand():
+    def output(new: int, prefilled: int, ttft: float, latency: float) -> GenerationOutput:
+        return GenerationOutput(None, [0] * new, "length", prefilled, 7, ttft, latency)
+
+    outputs = [output(5, 30, 0.2, 1.0), output(1, 10, 0.3, 0.3)]
+    assert trace_figures(outputs, 100, 64) == pytest.approx({
+        "total_tokens": 100, "prefilled_tokens": 40, "cached_tokens": 14, "cache_bytes": 64, "ttft_s": 0.5,
+        "us_per_prefilled_token": 0.5e6 / 40, "decode_ms_per_token": 1e3 * 0.8 / 4, "tokens_per_s": 100 / 1.3,
+    })  # fmt: skip
+
+
+class Compilations:
+    """Stands for `CompileWatch`; the runs of `compiling` compile a program each."""
+
+    def __init__(self, monkeypatch, compiling: set[int]):
+        self.num_programs, self.seconds, self.compiling, self.runs = 0, 0.0, compiling, 0
+        monkeypatch.setattr(trace_run, "CompileWatch", lambda: self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def run(self) -> dict[str, float]:
+        self.num_programs += self.runs in self.compiling
+        self.runs += 1
+        return {"s": float(self.runs - 1), "negative": -float(self.runs - 1)}
+
+
+def test_runs_that_compile_do_not_count(monkeypatch):
+    watch = Compilations(monkeypatch, {0, 2, 3})
+    runs = clean_runs(watch.run, repeats=3)
+    assert runs.medians == {"s": 4.0, "negative": -4.0}  # of runs 1, 4 and 5
+    assert runs.num_programs == 3
+
+
+def test_an_engine_that_always_compiles_is_not_timed(monkeypatch):
+    watch = Compilations(monkeypatch, set(range(99)))
+    with pytest.raises(RuntimeError, match="programs were compiled in 4 runs of 4"):
+        clean_runs(watch.run, repeats=1)
+
+
+def test_pools_that_do_not_fit_together_are_tried_alone():
+    assert pool_options(["none", "full"], 3, 10)["full"] != pool_options(["full"], 3, 10)["full"]

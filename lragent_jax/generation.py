@@ -105,16 +105,9 @@ class Slots:
 
 
 @DeviceJit
-def first_token(
-    logits: Float[Array, "B V"], sampling: SamplingArrays, index: Int[HostOrDevice, " B"] | None = None
-) -> DecodeState:
-    """Samples what follows a prefill. Rows that may generate nothing more are finished from the start.
-
-    `index`: how many tokens a row has generated before, if it was interrupted and goes on.
-    """
-    return _first_token(
-        logits, sampling, jnp.zeros(logits.shape[0], jnp.int32) if index is None else jnp.asarray(index)
-    )
+def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> DecodeState:
+    """Samples what follows a prefill. Rows that may generate nothing more are finished from the start."""
+    return _first_token(logits, sampling, jnp.zeros(logits.shape[0], jnp.int32))
 
 
 def _first_token(logits, sampling: SamplingArrays, index) -> DecodeState:
@@ -136,7 +129,10 @@ def begin(
     kv_lens: Int[HostOrDevice, " B"],
     index: Int[HostOrDevice, " B"],
 ) -> tuple[Int[Array, " B"], Slots]:
-    """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's."""
+    """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's.
+
+    `index`: how many tokens a row generated before it was interrupted.
+    """
     state = _first_token(logits, sampling, jnp.asarray(index))
     return whole(state.last_tokens), _put(slots, slot_ids, state, kv_lens)
 

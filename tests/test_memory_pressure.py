@@ -143,7 +143,7 @@ def test_a_preempted_call_goes_on_as_if_nothing_had_been():
     want = other.generate(toured(other), "plan", max_new_tokens=9, ignore_eos=True).token_ids
     executor, trajectory = engine._executor, toured(engine)
     length, got = len(trajectory), []
-    with trajectory.extending(), engine._exclusive():
+    with trajectory.extending(), engine.batcher.exclusive():
         while len(got) < 9:
             row = executor.open_row(trajectory, engine._registry.find("plan"))
             executor.reserve([row], [4])

@@ -7,9 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lragent_jax.async_engine import AsyncEngine
     from lragent_jax.embedded import embedded_engine
     from lragent_jax.engine import Engine
     from lragent_jax.episodes import run_episodes
+    from lragent_jax.metrics import EngineMetrics
     from lragent_jax.models.config import LlamaConfig
     from lragent_jax.models.errors import (
         AdapterError,
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterError": "models.errors",
+    "AsyncEngine": "async_engine",
     "CheckpointError": "models.errors",
     "ConfigError": "models.errors",
     "Engine": "engine",
+    "EngineMetrics": "metrics",
     "GenerationOutput": "outputs",
     "InputError": "models.errors",
     "LRAgentError": "models.errors",
@@ -51,9 +55,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "AsyncEngine",
     "CheckpointError",
     "ConfigError",
     "Engine",
+    "EngineMetrics",
     "GenerationOutput",
     "InputError",
     "LRAgentError",

@@ -1,10 +1,8 @@
 """The engine: agents, trajectories and one shared cache behind a few calls."""
 
-import collections
 import contextlib
 import copy
-import dataclasses
-import threading
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +11,25 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from lragent_jax import scoring
 from lragent_jax.adapter_registry import AdapterRegistry
-from lragent_jax.batch import Batch
+from lragent_jax.batching import Batcher
 from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, per_row
+from lragent_jax.calls import LOOK_STEPS, Call, Caller
 from lragent_jax.devices import Devices
 from lragent_jax.executor import Executor
-from lragent_jax.generated_row import GeneratedRow
+from lragent_jax.metrics import EngineMetrics
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError, LRAgentError, TrajectoryClosedError
+from lragent_jax.models.errors import InputError, TrajectoryClosedError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
 from lragent_jax.options import EngineOptions, weight_dtype
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
-from lragent_jax.sampling import sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
+from lragent_jax.scheduler import Limits
 from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode, layers_to_recompute
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.trajectory import LiveTrajectories, Trajectory
@@ -41,8 +41,8 @@ Progress = Callable[[int, int, str], None]
 class Engine:
     """One Llama, its adapters, and the caches that they share.
 
-    Made by `from_pretrained` or `from_preset`. All methods may be called from several threads; device work is done
-    by one of them at a time.
+    Made by `from_pretrained` or `from_preset`. All methods may be called from several threads: what they generate at a
+    time is generated in one batch, by whichever of them drives. `AsyncEngine` does the same for servers.
     """
 
     def __init__(
@@ -87,13 +87,25 @@ class Engine:
             prefill_buckets=self.options.prefill_buckets or (),
             table_widths=_table_widths(-(-config.context_length // page_size)),
             decode_block=self.options.decode_block,
+            max_batch_size=self.options.max_batch_size,
+            token_budget=self.options.prefill_tokens,
             implementation=self.options.implementation,
             prefix_cache=self.options.prefix_cache,
         )
         self._trajectories = LiveTrajectories()
         self._cache.holders = self._trajectories
-        self._caller: int | None = None  # the thread that is in `_exclusive`
-        self._unfinished: collections.deque[Callable[[], None]] = collections.deque()
+        limits = Limits(
+            batch_size=self.options.max_batch_size,
+            token_budget=self.options.prefill_tokens,
+            decode_block=self.options.decode_block,
+            mixed_block=LOOK_STEPS,
+        )
+        self.batcher = Batcher(
+            self._executor, self._registry, self._trajectories, limits,
+            reserved_tokens=self.options.reserved_tokens, eos_token_ids=config.eos_token_ids,
+            scope=self._devices.scope,
+        )  # fmt: skip
+        self.caller = Caller(config, tokenizer, self._executor, self._registry, self.batcher, self.trajectory)
 
     # Making one.
 
@@ -194,15 +206,20 @@ class Engine:
         Kept pages belong to nobody and are there to be had, as free ones are; they do not count as used. When all
         trajectories are closed, nothing is.
         """
-        with self._exclusive():
+        with self.batcher.exclusive():
             return self._cache.stats()
+
+    def metrics(self) -> EngineMetrics:
+        """Times, hit rates, queues and pages; see `EngineMetrics`."""
+        with self.batcher.exclusive():
+            return self.batcher.snapshot()
 
     # Adapters.
 
     def load_adapter(self, name: str, source: str | Path | Adapter) -> None:
         """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow, and only that."""
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
-        with self._exclusive():
+        with self.batcher.exclusive():
             before = copy.copy(self._registry)
             self._registry.add(name, adapter)
             if not self._sharing.merged:
@@ -218,7 +235,7 @@ class Engine:
         What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
         changes nothing, while one is being extended.
         """
-        with self._exclusive(), contextlib.ExitStack() as held:
+        with self.batcher.exclusive(), contextlib.ExitStack() as held:
             for trajectory in self._trajectories:
                 with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
                     held.enter_context(trajectory.extending())
@@ -240,7 +257,13 @@ class Engine:
 
     @overload
     def generate(
-        self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        agent: str | None = None,
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        **sampling: Any,
     ) -> GenerationOutput: ...
 
     @overload
@@ -249,24 +272,28 @@ class Engine:
         prompt: Sequence[Prompt],
         agent: str | Sequence[str | None] | None = None,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
         **sampling: Any,
     ) -> list[GenerationOutput]: ...
 
-    def generate(self, prompt, agent=None, params=None, **sampling):
-        """Generates with one agent, or with several in one static batch.
+    def generate(self, prompt, agent=None, params=None, *, progress=None, **sampling):
+        """Generates with one agent, or with several at a time, in a batch with whatever other threads generate.
 
         `prompt`: a trajectory, which the generated tokens join; text or token ids, for a context of their own that is
         gone afterwards; or a list of those. What anybody has read before from its first token on is not read again, as
         far as the sharing mode allows. `agent`: a name, None for the base model, or a list of them. `params`: a
-        `SamplingParams` (or one per row), or its fields as keywords. A list returns a list. Raises `InputError`,
-        `AdapterError`, `OutOfPagesError` or `TrajectoryBusyError` before anything is run or changed; whatever else
-        goes wrong on the way, no token joins.
+        `SamplingParams` (or one per row), or its fields as keywords. A list returns a list, however long: what has no
+        room beside the rest waits for its turn. `progress` is told how many prompts are done.
+
+        Raises `InputError`, `AdapterError`, `OutOfPagesError` (a prompt would not fit alone) or `TrajectoryBusyError`
+        before anything is run or changed; whatever else goes wrong on the way, no token joins.
         """
         if not is_batch(prompt):
-            return self._generate([prompt], [agent], [one_params(params, sampling)])[0]
+            return self._generate([prompt], [agent], [one_params(params, sampling)], progress)[0]
         count = len(prompt)
         rows = params if isinstance(params, list | tuple) else one_params(params, sampling)
-        return self._generate(list(prompt), per_row(agent, count, "agent"), per_row(rows, count, "params"))
+        return self._generate(list(prompt), per_row(agent, count, "agent"), per_row(rows, count, "params"), progress)
 
     def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
@@ -275,18 +302,16 @@ class Engine:
 
         A caller that stops early keeps in the trajectory what it was given.
         """
-        one = one_params(params, sampling)
-        num_shown = 0
-        piece = StreamPiece("", [])
-        with self._batch([prompt], [agent], [one]) as batch:
-            generated = batch.generated[0]
-            for _ in self._steps(batch, max_steps=_STREAM_STEPS):
-                piece = StreamPiece(generated.take_text(), generated.token_ids[num_shown:])
-                num_shown += len(piece.token_ids)
-                if generated.finish_reason:
-                    piece = dataclasses.replace(piece, output=batch.outputs()[0])
-                elif piece.text or piece.token_ids:
+        with self._call([prompt], [agent], [one_params(params, sampling)], streams=True) as call:
+            pieces = call.requests[0].pieces
+            assert pieces is not None
+            piece = StreamPiece("", [])
+            while piece.output is None:
+                if piece.text or piece.token_ids:
                     yield piece
+                self.batcher.drive(lambda: bool(pieces) or call.is_over)
+                call.check()
+                piece = pieces.popleft()
         yield piece  # the tokens have joined: whoever reads the last piece may go on with the trajectory
 
     def next_token_logits(self, trajectory: Trajectory, agent: str | None = None) -> np.ndarray:
@@ -308,29 +333,10 @@ class Engine:
 
     def warmup(self, max_batch_size: int = 1, progress: Progress | None = None) -> None:
         """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards."""
-        with self._exclusive():
+        with self.batcher.exclusive():
             self._executor.warmup(max_batch_size, progress)
 
     # Inside.
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        with self._cache.lock, self._devices.scope():
-            outer, self._caller = self._caller, threading.get_ident()
-            try:
-                if outer is None:
-                    self._clean_up()
-                yield
-            finally:
-                self._caller = outer
-
-    def _clean_up(self) -> None:
-        """What earlier calls left behind."""
-        while self._unfinished:
-            self._unfinished.popleft()()
-        self._trajectories.release_abandoned()
-        for trajectory in self._trajectories if self._cache.recover() else ():
-            trajectory.pages_lost()  # ids and writers survive: it is rebuilt as it was when it is read next
 
     def _encode(self, text: str, first: bool) -> list[int]:
         if self.tokenizer is None:
@@ -353,146 +359,39 @@ class Engine:
         keys = [key for of in (rules.base_key, rules.recomputed_key, rules.low_rank_key) for key in map(of, adapters)]
         return {key for key in keys if key is not None}
 
-    def _generate(self, prompts: list, agents: list, params: list[SamplingParams]) -> list[GenerationOutput]:
-        if not prompts:
-            return []
-        with self._batch(prompts, agents, params) as batch:
-            for _ in self._steps(batch, max_steps=self._executor.decode_block):
-                pass
-            return batch.outputs()
+    def _generate(
+        self, prompts: list, agents: list, params: list[SamplingParams], progress: Progress | None
+    ) -> list[GenerationOutput]:
+        with self._call(prompts, agents, params) as call:
+            while not call.is_over:
+                if progress:
+                    progress(call.num_done, len(prompts), "generating")
+                num_done = call.num_done if progress else len(prompts)
+                self.batcher.drive(functools.partial(call.is_beyond, num_done))
+            if progress:
+                progress(call.num_done, len(prompts), "generating")
+            call.check()
+        return [request.output() for request in call.requests]
 
     @contextlib.contextmanager
-    def _batch(self, prompts: list, agents: list, params: list[SamplingParams]) -> Iterator[Batch]:
-        """Checks everything, holds the trajectories for one call, and lets the generated tokens join at its end."""
-        for agent in agents:
-            self._registry.find(agent)
-        with contextlib.ExitStack() as stack:
-            trajectories = []
-            for prompt in prompts:
-                if not isinstance(prompt, Trajectory):
-                    prompt = stack.enter_context(self.trajectory()).append(prompt)  # gone after the call
-                trajectories.append(prompt)
-            for trajectory in trajectories:
-                self._check_own(trajectory)
-                stack.enter_context(trajectory.extending())
-            generated = [self._generated_row(*row) for row in zip(trajectories, params, strict=True)]
-            batch = Batch(trajectories, agents, generated, params, started=time.perf_counter())
-            try:
-                yield batch
-            except GeneratorExit:
-                for row in batch.generated:
-                    row.interrupt()
-                raise
-            except BaseException:
-                batch.discard()
-                raise
-            finally:
-                self._finish(batch, stack.pop_all())
-
-    def _finish(self, batch: Batch, held: contextlib.ExitStack) -> None:
-        """Lets the tokens join and the trajectories go.
-
-        The collector may close a forgotten stream in the middle of another call of the same thread. Then that call
-        goes on undisturbed and the next one finishes the stream.
-        """
-
-        def finish() -> None:
-            batch.settle()
-            if not batch.failed:
-                self._executor.share(batch.rows)
-            held.close()
-
-        if self._caller == threading.get_ident():
-            self._unfinished.append(finish)
-            return
-        with self._exclusive():
-            finish()
-
-    def _check_own(self, trajectory: Trajectory) -> None:
-        if not trajectory.is_in(self._cache):
-            raise InputError("this trajectory belongs to another engine; append its token_ids to one of this engine's")
-
-    def _generated_row(self, trajectory: Trajectory, params: SamplingParams) -> GeneratedRow:
-        room = self._room(trajectory)
-        if not room:
-            raise InputError(f"the trajectory fills the model's context of {self.config.context_length} tokens")
-        if params.stop and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, which this model came without; use stop_token_ids")
-        eos = () if params.ignore_eos else self.config.eos_token_ids
-        return GeneratedRow(
-            params,
-            max_new_tokens=min(params.max_new_tokens, room),
-            stop_ids=frozenset((*params.stop_token_ids, *eos)),
-            decoder=self.tokenizer.stream_decoder(trajectory.token_ids) if self.tokenizer else None,
-        )
-
-    def _room(self, trajectory: Trajectory) -> int:
-        if not len(trajectory):
-            raise InputError("the trajectory is empty: append text or token ids before an agent reads it")
-        return self.config.context_length - len(trajectory)
-
-    def _steps(self, batch: Batch, max_steps: int) -> Iterator[None]:
-        """Prefills, then decodes until every row has ended; yields after every look at new tokens."""
-        executor = self._executor
-        limits = [generated.max_new_tokens for generated in batch.generated]
-        with self._exclusive():
-            # Found again: another thread may have unloaded an agent since the arguments were checked.
-            adapters = [self._registry.find(agent) for agent in batch.agents]
-            batch.rows = rows = [executor.open_row(*row) for row in zip(batch.trajectories, adapters, strict=True)]
-            sampling = sampling_arrays(batch.params, limits, self.config.eos_token_ids, executor.batch_size(len(rows)))
-            # The token sampled last is not run, so it needs no slot.
-            executor.reserve(rows, [limit - 1 for limit in limits])
-            state = executor.first_token(executor.prefill(rows), sampling)
-            table, num_losses = executor.decode_table(rows), self._cache.num_losses
-            tokens = np.asarray(state.last_tokens)[:, None]
-            executor.share(rows)
-        batch.ttft_s = time.perf_counter() - batch.started
-        while True:
-            batch.push(tokens)
-            yield
-            if batch.finished:
-                return
-            with self._exclusive():
-                if self._cache.num_losses != num_losses:
-                    raise LRAgentError("another call was interrupted and the cache is gone: call again")
-                # The host knows more than the device: stop strings.
-                state = dataclasses.replace(state, finished=batch.finished_rows(len(tokens)))
-                out, state, table = executor.decode(rows, state, sampling, table, max_steps)
-                tokens = np.asarray(out)
+    def _call(
+        self, prompts: Sequence[Prompt], agents: Sequence, params: Sequence[SamplingParams], *, streams: bool = False
+    ) -> Iterator[Call]:
+        call = self.caller.open(prompts, agents, params, streams=streams)
+        try:
+            yield call
+        except BaseException as error:  # a stream that is left included
+            self.batcher.finish(functools.partial(call.abandon, keep_taken=isinstance(error, GeneratorExit)))
+            raise
+        call.end()
 
     def _score(self, trajectory: Trajectory, token_ids: Ids, agent: str | None) -> ScoreOutput:
-        executor, started = self._executor, time.perf_counter()
-        self._check_own(trajectory)
-        with trajectory.extending(), self._exclusive():
-            self._room(trajectory)
+        started = time.perf_counter()
+        self.caller.check_own(trajectory)
+        with trajectory.extending(), self.batcher.exclusive():
+            self.caller.room(trajectory)
             ids = trajectory.checked_ids(token_ids)
-            row = executor.open_row(trajectory, self._registry.find(agent))
-            length = len(trajectory)
-            executor.reserve([row], [max(len(ids) - 1, 0)])
-            try:
-                logits = [np.asarray(executor.prefill([row]))[:1]]
-                ttft_s = time.perf_counter() - started
-                trajectory.join(ids)
-                if len(ids) > 1:
-                    for chunk in executor.chunks(row, length + len(ids) - 1):
-                        hidden = executor.read_chunk(row, chunk)
-                        logits.append(np.asarray(executor.unembed(hidden))[0, : chunk.num_tokens])
-            except BaseException:
-                trajectory.truncate(length)
-                raise
-            finally:
-                row.release_unused()
-            executor.share([row])
-        return ScoreOutput(
-            logits=np.concatenate(logits),
-            num_prefilled_tokens=row.num_prefilled_tokens,
-            num_cached_tokens=row.num_cached_tokens,
-            ttft_s=ttft_s,
-        )
-
-
-_STREAM_STEPS = 4
-"""Tokens between two pieces: enough to hide the host's work, few enough to look alive."""
+            return scoring.score(self._executor, trajectory, ids, self._registry.find(agent), started)
 
 
 def _table_widths(widest: int) -> tuple[int, ...]:

@@ -1,26 +1,27 @@
-"""Runs static batches: what each row still lacks, then token after token."""
+"""Runs batches: chunks of what their rows still lack, then token after token."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lragent_jax import generation
 from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
 from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
-from lragent_jax.generation import NEVER, DecodeState
+from lragent_jax.generation import NEVER, Slots
 from lragent_jax.models.cache_view import PageTable, RecomputedPages
 from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.prefix_tree import Reused
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
-from lragent_jax.sharing import Sharing
+from lragent_jax.scheduler import batch_size
+from lragent_jax.sharing import PoolName, Sharing
 from lragent_jax.trajectory import Trajectory
 
 
@@ -50,6 +51,13 @@ class Row(AdapterRuns):
             end = max(end, chunk.stop)
         return end - num_run
 
+    def num_new_pages(self, start: int, stop: int) -> dict[PoolName, int]:
+        """Pages that tokens [start, stop) take where those in front of them have theirs."""
+        size = self.base_run.page_size
+        num_pages = -(-stop // size) - -(-start // size)
+        num_runs: collections.Counter[PoolName] = collections.Counter(key.pool for key in self.keys)
+        return {pool: count * num_pages for pool, count in num_runs.items()}
+
     def release_unused(self) -> None:
         """Returns the pages that were reserved and not needed."""
         self.trajectory.release_unused()
@@ -76,11 +84,22 @@ class Row(AdapterRuns):
         self.trajectory.preempt()
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodeBatch:
+    """The rows of a decode step as host arrays, padded to a compiled batch; `slot_ids` [B] is where they stand."""
+
+    slot_ids: np.ndarray
+    adapter_ids: np.ndarray
+    sampling: SamplingArrays
+    table: PageTable
+
+
 class Executor:
     """The compiled programs of one engine over its weights, adapters and caches.
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
-    them, so their number is bounded and nothing compiles after `warmup`.
+    them and to a power of two, `max_batch_size` rows at most and in prefill `token_budget` tokens, so their number is
+    bounded and nothing compiles after `warmup`.
     """
 
     def __init__(
@@ -94,6 +113,8 @@ class Executor:
         prefill_buckets: Sequence[int],
         table_widths: Sequence[int],
         decode_block: int,
+        max_batch_size: int,
+        token_budget: int,
         implementation: str | None,
         prefix_cache: bool,
     ):
@@ -101,7 +122,9 @@ class Executor:
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
+        self.max_batch_size, self.token_budget = max_batch_size, token_budget
         self.prefix_cache = prefix_cache
+        self.slots = Slots.empty(max_batch_size)
 
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
         """The row, with every page that its runs lack and somebody else has written for the same tokens.
@@ -166,7 +189,9 @@ class Executor:
                 writers[content] = None if adapter is None else self._open_writer(row, adapter)
             return writers[content]
 
-        row.chunks = plan_chunks(length, row, writer_of, self.prefill_buckets, read_apart=row.is_read_apart)
+        # Not the row itself, which holds the chunks: a cycle would keep a trajectory that its caller has dropped.
+        reader = AdapterRuns(**self._runs(row.trajectory, row.adapter))
+        row.chunks = plan_chunks(length, reader, writer_of, self.prefill_buckets, read_apart=row.is_read_apart)
         claims = [
             Claim(run, write_from, chunk.stop)
             for chunk in row.chunks
@@ -183,9 +208,15 @@ class Executor:
         """What brings the row's pages up to `length` tokens, of which nobody has run those that are missing."""
         return plan_chunks(length, row, lambda content: None, self.prefill_buckets)
 
-    def batch_size(self, num_rows: int) -> int:
-        """The rows of the program that runs `num_rows`."""
-        return _next_power(num_rows)
+    def pools_read(self, adapter: LoadedAdapter) -> list[PoolName]:
+        """The pools that hold a whole context which this adapter reads."""
+        rules = self.sharing
+        keys = (rules.base_key(adapter.keys), rules.recomputed_key(adapter.keys), rules.low_rank_key(adapter.keys))
+        return [key.pool for key in keys if key is not None and self.cache.pools[key.pool].num_pages]
+
+    def padded_length(self, chunk: Chunk) -> int:
+        """Tokens of the program that runs the chunk."""
+        return bucket_for(chunk.num_tokens, self.prefill_buckets)
 
     def prefill(self, rows: Sequence[Row]) -> jax.Array:
         """Runs all rows' chunks; the logits [B, V] behind each row's last token, B padded to a bucket."""
@@ -205,7 +236,7 @@ class Executor:
 
         A chunk may run under another adapter than its row, to rebuild what that one wrote.
         """
-        batch = self.batch_size(len(rows))
+        batch = batch_size(len(rows))
         num_tokens = bucket_for(max(chunk.num_tokens for chunk in chunks if chunk), self.prefill_buckets)
         tokens, adapter_ids = np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32)
         table = self._table([chunk.runs if chunk else row for row, chunk in zip(rows, chunks, strict=True)], batch)
@@ -230,28 +261,58 @@ class Executor:
             _, hidden = self.run_chunks([row], [chunk.query()])
         return hidden
 
-    def first_token(self, logits: jax.Array, sampling: SamplingArrays) -> DecodeState:
-        return generation.first_token(logits, sampling)
+    def begin(
+        self, logits: jax.Array, slot_ids: Sequence[int | None], kv_lens: Sequence[int], sampling: SamplingArrays,
+        index: Sequence[int],
+    ) -> jax.Array:  # fmt: skip
+        """The first tokens [B] behind a prefill; rows with a slot decode from there.
 
-    def decode_table(self, rows: Sequence[Row]) -> PageTable:
+        `index`: how many tokens a row generated before it was interrupted.
+        """
+        batch = logits.shape[0]
+        tokens, self.slots = generation.begin(
+            self.slots, logits, sampling, self._padded_slots(slot_ids, batch), _padded(kv_lens, batch),
+            _padded(index, batch),
+        )  # fmt: skip
+        return tokens
+
+    def decode_batch(
+        self, rows: Sequence[Row], slot_ids: Sequence[int], sampling: SamplingArrays, batch: int
+    ) -> DecodeBatch:
+        """What decoding these rows needs beside their slots; the same from step to step while they have their pages."""
+        return DecodeBatch(
+            slot_ids=self._padded_slots(slot_ids, batch),
+            adapter_ids=_padded([row.adapter.bank_row for row in rows], batch),
+            sampling=sampling,
+            table=self.decode_table(rows, batch),
+        )
+
+    def decode_table(self, rows: Sequence[Row], batch: int | None = None) -> PageTable:
         """The table that decoding starts from: everything is cached but the token sampled last."""
-        table = self._table(rows, self.batch_size(len(rows)))
+        table = self._table(rows, batch or batch_size(len(rows)))
         for b, row in enumerate(rows):
             table.kv_lens[b] = len(row.trajectory)
             _set_write_from(table, b, row, [0] * len(row.written))
         return table
 
-    def decode(
-        self, rows: Sequence[Row], state: DecodeState, sampling: SamplingArrays, table: PageTable, num_steps: int
-    ) -> tuple[jax.Array, DecodeState, PageTable]:
-        """Up to `num_steps` more tokens per row, at most `decode_block`."""
+    def decode(self, batch: DecodeBatch, num_steps: int) -> jax.Array:
+        """Up to `num_steps` more tokens per row, at most `decode_block`: [B, decode_block], -1 behind a row's end."""
+        state, kv_lens = generation.take(self.slots, batch.slot_ids)
         out, state, table, self.cache.arrays = generation.decode(
-            self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, sampling,
-            _adapter_ids(rows, len(table.kv_lens)), table, np.int32(min(num_steps, self.decode_block)),
+            self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, batch.sampling,
+            batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
+            np.int32(min(num_steps, self.decode_block)),
             block=self.decode_block, write_without_adapter=self.sharing.writes_without_adapter,
             implementation=self.implementation,
         )  # fmt: skip
-        return out, state, table
+        self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
+        return out
+
+    def _padded_slots(self, slot_ids: Sequence[int | None], batch: int) -> np.ndarray:
+        """Slot ids [B]; that of a row without one, and of padding, is out of range."""
+        padded = np.full(batch, self.max_batch_size, np.int32)
+        padded[: len(slot_ids)] = [self.max_batch_size if slot is None else slot for slot in slot_ids]
+        return padded
 
     def _table(self, rows: Sequence[AdapterRuns], batch: int) -> PageTable:
         """The rows' pages, with lengths and write-from positions that run and write nothing yet."""
@@ -291,7 +352,7 @@ class Executor:
         """One, or enough for all A-groups: two numbers, so that programs stay few."""
         if not self.cache.low_rank_ranks:
             return 0
-        return 1 if all(len(row.low_rank_runs) <= 1 for row in rows) else _next_power(len(self.registry.a_groups))
+        return 1 if all(len(row.low_rank_runs) <= 1 for row in rows) else batch_size(len(self.registry.a_groups))
 
     def _prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
         logits, hidden, self.cache.arrays = generation.prefill(
@@ -306,13 +367,17 @@ class Executor:
 
     def warmup(self, max_batch_size: int, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compiles every program that batches of up to `max_batch_size` rows can need, by running it on nothing."""
-        batches = [1 << i for i in range(_next_power(max_batch_size).bit_length())]
+        batches = [1 << i for i in range(batch_size(min(max_batch_size, self.max_batch_size)).bit_length())]
         num_tables = {self._num_low_rank_tables([])}
         if self.cache.low_rank_ranks and self.sharing.writes_other_groups:
-            num_tables.add(_next_power(len(self.registry.a_groups)))
+            num_tables.add(batch_size(len(self.registry.a_groups)))
         shapes = list(itertools.product(batches, self.table_widths, sorted(num_tables)))
         write_base = (True, False) if self.sharing.skips_base else (True,)
-        prefills = list(itertools.product(shapes, self.prefill_buckets, write_base))
+        prefills = [
+            (shape, num_tokens, writes)
+            for shape, num_tokens, writes in itertools.product(shapes, self.prefill_buckets, write_base)
+            if shape[0] == 1 or shape[0] * num_tokens <= self.token_budget
+        ]
         total = len(prefills) + len(shapes) + 1
         for i, ((batch, width, tables), num_tokens, writes) in enumerate(prefills):
             if progress:
@@ -323,27 +388,21 @@ class Executor:
             )
             if batch == 1:
                 self.unembed(hidden)
+            self.begin(logits, [], [], sampling_arrays([], [], (), batch), [])
         for i, (batch, width, tables) in enumerate(shapes):
             if progress:
                 progress(len(prefills) + i, total, f"decode of {batch} rows")
-            sampling = sampling_arrays([], [], (), batch)
-            logits = jnp.zeros((batch, self.cache.config.vocab_size), jnp.float32)
-            state = self.first_token(logits, sampling)
-            self.decode([], state, sampling, self._blank_table(batch, width, tables), 1)
+            empty = self.decode_batch([], [], sampling_arrays([], [], (), batch), batch)
+            self.decode(dataclasses.replace(empty, table=self._blank_table(batch, width, tables)), 1)
         self.cache.warmup()
         if progress:
             progress(total, total, "ready")
 
 
-def _next_power(count: int) -> int:
-    """The smallest power of two >= count."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _adapter_ids(rows: Sequence[Row], batch: int) -> np.ndarray:
-    ids = np.zeros(batch, np.int32)
-    ids[: len(rows)] = [row.adapter.bank_row for row in rows]
-    return ids
+def _padded(values: Sequence[int], batch: int) -> np.ndarray:
+    padded = np.zeros(batch, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _runner(chunk: Chunk[AdapterRuns]) -> LoadedAdapter:

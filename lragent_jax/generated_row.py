@@ -47,8 +47,9 @@ class GeneratedRow:
         if len(self.token_ids) >= self.max_new_tokens:
             self._finish("length", num_run=len(self.token_ids) - 1)
 
-    def interrupt(self) -> None:
-        """The caller wants no more: what was pushed stays."""
+    def interrupt(self, num_kept: int) -> None:
+        """The caller wants no more, or not now: of what was pushed, so many tokens stay."""
+        del self.token_ids[num_kept:]
         self.num_run = max(len(self.token_ids) - 1, 0)
 
     def discard(self) -> None:

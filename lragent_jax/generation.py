@@ -42,7 +42,7 @@ class DecodeState:
 
     last_tokens: Int[Array, " B"]
     num_generated: Int[Array, " B"]
-    finished: Bool[HostOrDevice, " B"]  # the host ends rows, too: at stop strings
+    finished: Bool[Array, " B"]
 
 
 def exact_matmuls(params: Params):
@@ -88,17 +88,78 @@ def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"
         return whole(nnx.merge(graphdef, params).logits(hidden))
 
 
+@pytree
+class Slots:
+    """Where every request of the engine stands, M of them at most; a batch takes its rows out and puts them back.
+
+    So requests join and leave a running batch on the device, and the host sees their tokens when it likes.
+    """
+
+    state: DecodeState  # of M rows
+    kv_lens: Int[Array, " M"]  # tokens in the cache
+
+    @classmethod
+    def empty(cls, num_slots: int) -> "Slots":
+        zeros = jnp.zeros(num_slots, jnp.int32)
+        return cls(state=DecodeState(zeros, zeros, jnp.ones(num_slots, bool)), kv_lens=zeros)
+
+
 @DeviceJit
 def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> DecodeState:
-    """Samples what follows a prefill. Rows that may generate nothing are finished from the start."""
-    index = jnp.zeros(logits.shape[0], jnp.int32)
+    """Samples what follows a prefill. Rows that may generate nothing more are finished from the start."""
+    return _first_token(logits, sampling, jnp.zeros(logits.shape[0], jnp.int32))
+
+
+def _first_token(logits, sampling: SamplingArrays, index) -> DecodeState:
     tokens = sample(logits, sampling, index)
     state = DecodeState(
         last_tokens=tokens,
         num_generated=index + 1,
-        finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= 1),
+        finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= index + 1),
     )
     return jax.tree.map(whole, state)
+
+
+@DeviceJit
+def begin(
+    slots: Slots,
+    logits: Float[Array, "B V"],
+    sampling: SamplingArrays,
+    slot_ids: Int[HostOrDevice, " B"],
+    kv_lens: Int[HostOrDevice, " B"],
+    index: Int[HostOrDevice, " B"],
+) -> tuple[Int[Array, " B"], Slots]:
+    """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's.
+
+    `index`: how many tokens a row generated before it was interrupted.
+    """
+    state = _first_token(logits, sampling, jnp.asarray(index))
+    return whole(state.last_tokens), _put(slots, slot_ids, state, kv_lens)
+
+
+@DeviceJit
+def take(slots: Slots, slot_ids: Int[HostOrDevice, " B"]) -> tuple[DecodeState, Int[Array, " B"]]:
+    """The rows of a batch out of their slots, and their lengths; a slot of M has nothing to do."""
+
+    def rows(values, fill):
+        return values.at[slot_ids].get(mode="fill", fill_value=fill)
+
+    state = slots.state
+    taken = DecodeState(rows(state.last_tokens, 0), rows(state.num_generated, 0), rows(state.finished, True))
+    return jax.tree.map(whole, (taken, rows(slots.kv_lens, 0)))
+
+
+@DeviceJit
+def put(slots: Slots, slot_ids: Int[HostOrDevice, " B"], state: DecodeState, kv_lens: Int[HostOrDevice, " B"]) -> Slots:
+    """The rows of a batch back into their slots."""
+    return _put(slots, slot_ids, state, kv_lens)
+
+
+def _put(slots: Slots, slot_ids, state: DecodeState, kv_lens) -> Slots:
+    def rows(old, new):
+        return whole(old.at[slot_ids].set(new, mode="drop"))
+
+    return Slots(state=jax.tree.map(rows, slots.state, state), kv_lens=rows(slots.kv_lens, kv_lens))
 
 
 @functools.partial(

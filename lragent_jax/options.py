@@ -36,6 +36,11 @@ class EngineOptions:
       prefix_cache: whether pages stay when their trajectory has closed, for every context that begins with the same
         token ids, until a call needs them.
       decode_block: the most tokens per row between two looks of the host at them.
+      max_batch_size: requests that have pages at a time; more wait.
+      prefill_tokens: tokens, padding included, that are prefilled between two looks; by default the largest bucket.
+        What decodes meanwhile gets its tokens in between.
+      reserved_tokens: new tokens that a request gets pages for when it is admitted beside others, and whenever it needs
+        more; if there are none then, the request that came last gives up its own and goes on later.
       implementation: of `lora_attention`; None takes the first that fits.
       tensor_parallel: the devices that every weight and the base cache's kv heads are cut for. It must divide the
         model's kv heads, MLP width and vocabulary. In several processes, as many devices of each.
@@ -55,6 +60,9 @@ class EngineOptions:
     prefill_buckets: Sequence[int] | None = None
     prefix_cache: bool = True
     decode_block: int = 16
+    max_batch_size: int = 64
+    prefill_tokens: int = 0
+    reserved_tokens: int = 256
     implementation: str | None = None
     tensor_parallel: int = 1
     distributed: bool = False
@@ -84,7 +92,7 @@ class EngineOptions:
                 object.__setattr__(self, name, default)
         least = {
             "num_pages": 1, "num_low_rank_pages": 1, "num_recomputed_pages": 1, "decode_block": 1, "max_adapters": 0,
-            "max_rank": 0, "tensor_parallel": 1,
+            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "reserved_tokens": 1, "tensor_parallel": 1,
         }  # fmt: skip
         for name in least:
             value = getattr(self, name)
@@ -100,6 +108,8 @@ class EngineOptions:
         if not buckets or buckets[0] < 1:
             raise InputError(f"prefill_buckets must be positive chunk lengths, not {self.prefill_buckets!r}")
         object.__setattr__(self, "prefill_buckets", buckets)
+        # The largest chunk has to fit.
+        object.__setattr__(self, "prefill_tokens", max(self.prefill_tokens, buckets[-1]))
         if self.recompute_layers is not None:
             layers = _sorted_integers(self.recompute_layers)
             if layers is None or (layers and layers[0] < 0):

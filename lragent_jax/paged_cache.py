@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lragent_jax.adapter_use import AdapterUse
 from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
+from lragent_jax.fair_lock import FairLock
 from lragent_jax.generation import Cache, copy_pages
 from lragent_jax.models.cache_view import BaseCache, LowRankCache
 from lragent_jax.models.config import LlamaConfig
@@ -106,7 +106,7 @@ class PagedCache:
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock, self._mesh = threading.RLock(), mesh
+        self.lock, self._mesh = FairLock(), mesh
         num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
         self.pools: dict[PoolName, PagePool] = {
             "base": PagePool(num_pages),
@@ -159,6 +159,22 @@ class PagedCache:
     def note_calls(self, rows: Sequence[Iterable[PageKey]]) -> None:
         """Rows have begun that read these keys: eviction weighs pages by the use of their adapters."""
         self.use.note(rows, batch_size=sum(bool(holder.reading) for holder in self.holders))
+
+    def pages_needed(self, claims: Iterable[Claim]) -> dict[PoolName, int]:
+        """How many of every pool `reserve` would take for these claims."""
+        writers = _writers(claims)
+        return {name: _pages_needed(writers, pool) for name, pool in self.pools.items()}
+
+    def check_fits(self, num_tokens: int, pools: Iterable[PoolName]) -> None:
+        """Raises `OutOfPagesError` if even empty pools could not hold a context of so many tokens."""
+        num_pages = -(-num_tokens // self.page_size)
+        for name in pools:
+            if num_pages > self.pools[name].num_pages:
+                raise OutOfPagesError(
+                    f"this call needs {num_pages} {name} pages of {self.page_size} tokens, there are "
+                    f"{self.pools[name].num_pages}: lower max_new_tokens, or build the engine with a larger "
+                    f"{_SIZE_OPTIONS[name]}"
+                )
 
     def reserve(self, claims: Iterable[Claim]) -> None:
         """Gives every claim pages of its own, or raises `OutOfPagesError` and changes nothing.

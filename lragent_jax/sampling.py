@@ -32,12 +32,10 @@ def sampling_arrays(
     params: Sequence[SamplingParams], max_new_tokens: Sequence[int], eos_token_ids: Sequence[int], batch: int
 ) -> SamplingArrays:
     """Packs the rows' parameters, padded to `batch` rows that generate nothing. Host arrays; jit moves them."""
-    stop_ids = np.full((batch, MAX_STOP_IDS), -1, np.int32)
+    stops = np.full((batch, MAX_STOP_IDS), -1, np.int32)
     for row, p in enumerate(params):
-        ids = dict.fromkeys([*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)])
-        if len(ids) > MAX_STOP_IDS:
-            raise InputError(f"{len(ids)} stop ids (EOS included), but at most {MAX_STOP_IDS} are compared per row")
-        stop_ids[row, : len(ids)] = list(ids)
+        ids = stop_ids(p, eos_token_ids)
+        stops[row, : len(ids)] = ids
 
     def pack(values, dtype) -> np.ndarray:
         packed = np.zeros(batch, dtype)
@@ -49,9 +47,17 @@ def sampling_arrays(
         top_k=pack((min(p.top_k, 2**31 - 1) for p in params), np.int32),
         top_p=pack((p.top_p for p in params), np.float32),
         seed=pack((p.seed for p in params), np.uint32),
-        stop_ids=stop_ids,
+        stop_ids=stops,
         max_new_tokens=pack(max_new_tokens, np.int32),
     )
+
+
+def stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
+    """The ids that end a row; raises `InputError` if there are more than the device compares with."""
+    ids = dict.fromkeys([*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
+    if len(ids) > MAX_STOP_IDS:
+        raise InputError(f"{len(ids)} stop ids (EOS included), but at most {MAX_STOP_IDS} are compared per row")
+    return list(ids)
 
 
 def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: Int[Array, " B"]) -> Int[Array, " B"]:

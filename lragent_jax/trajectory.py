@@ -82,6 +82,11 @@ class Trajectory:
         return len(self._ids)
 
     @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self._cache.page_size
+
+    @property
     def writers(self) -> list[Span]:
         """Who ran which tokens of the base cache, where it is shared; those whose pages went are rebuilt like that.
 
@@ -197,6 +202,10 @@ class Trajectory:
             for run in self._runs.values():
                 run.truncate(len(self._ids))
                 run.give_up([i for i, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(i)])
+
+    def let_go(self) -> None:
+        """The call that holds it does not read it for now: eviction may have its pages."""
+        self._reading = set()
 
     def pages_lost(self) -> None:
         """The arrays are gone, and with them what is on every page."""

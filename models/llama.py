@@ -18,6 +18,7 @@ from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.hashed_graph import HashedGraph
 from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.packed_rows import PackedRows, attend_packed, attend_packed_split
 from lragent_jax.models.pytree import pytree
@@ -315,7 +316,8 @@ Params = nnx.State
 
 def abstract_params(config: LlamaConfig, dtype) -> tuple[nnx.GraphDef, Params]:
     """The one declaration of the weights: structure, and shape, dtype and axes of each; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, dtype)))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype)))
+    return HashedGraph.of(graphdef), params
 
 
 def random_params(

@@ -1,7 +1,10 @@
 """Shape annotations are executed in every test: a wrong shape or dtype at a module boundary fails where it happens."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 import hypothesis
 from jaxtyping import install_import_hook
@@ -12,6 +15,15 @@ if "XLA_FLAGS" not in os.environ:
     if importlib.metadata.version("jax").startswith("0.10."):  # later versions do not know it, and would exit
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+# Half of what tests compile, another test has compiled before, as often as not in another process. Whoever starts the
+# run makes the folder, processes that share the tests inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="lragent-jax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Pallas' GPU interpreter runs every warpgroup as a thread that waits for others inside a callback: with as many threads
 # as a small machine has cores they would wait for ever.

@@ -340,14 +340,14 @@ def test_a_load_that_fails_changes_nothing(engine, monkeypatch):
 def test_an_agent_unloaded_meanwhile_is_missed_and_others_keep_their_rows(monkeypatch):
     engine = tiny_engine("none")
     want = engine.generate(QUESTION, "action", max_new_tokens=4).token_ids
-    room = engine._room
+    room = engine.caller.room
 
     def unload_first(trajectory):
         if "plan" in engine.agents:
             engine._registry.remove("plan")  # what another thread would do between the checks and the run
         return room(trajectory)
 
-    monkeypatch.setattr(engine, "_room", unload_first)
+    monkeypatch.setattr(engine.caller, "room", unload_first)
     assert engine.generate(QUESTION, "action", max_new_tokens=4).token_ids == want
 
 

@@ -75,7 +75,7 @@ def test_a_failed_call_leaves_nothing():
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_an_interrupted_row_keeps_what_it_has(count):
     generated = push(row(), "abcde"[:count])
-    generated.interrupt()
+    generated.interrupt(count)
     assert (len(generated.token_ids), generated.num_run) == (count, max(count - 1, 0))
 
 

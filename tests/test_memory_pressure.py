@@ -143,14 +143,13 @@ def test_a_preempted_call_goes_on_as_if_nothing_had_been():
     want = other.generate(toured(other), "plan", max_new_tokens=9, ignore_eos=True).token_ids
     executor, trajectory = engine._executor, toured(engine)
     length, got = len(trajectory), []
-    with trajectory.extending(), engine._exclusive():
+    with trajectory.extending(), engine.batcher.exclusive():
         while len(got) < 9:
             row = executor.open_row(trajectory, engine._registry.find("plan"))
             executor.reserve([row], [4])
             sampling = sampling_arrays([SamplingParams(ignore_eos=True)], [5], (), 1)
-            state = executor.first_token(executor.prefill([row]), sampling)
-            first = int(state.last_tokens[0])
-            tokens, *_ = executor.decode([row], state, sampling, executor.decode_table([row]), 4)
+            first = int(executor.begin(executor.prefill([row]), [0], [length], sampling, [0])[0])
+            tokens = executor.decode(executor.decode_batch([row], [0], sampling, 1), 4)
             new = [first, *np.asarray(tokens)[0].tolist()][: 9 - len(got)]
             got += new
             trajectory.join(new)

@@ -257,27 +257,34 @@ def test_layers_to_recompute_are_checked():
 
 
 def test_an_adapter_that_the_recomputed_pool_has_no_pages_for():
-    """The pool was sized for those that were there before it. What is refused has changed nothing."""
+    """The pool was sized for those that were there before it: it takes pages of theirs, which are made again."""
     both = {name: agents()[name] for name in ("plan", "action")}
-    engine = tiny_engine("droidspeak", both, max_adapters=3)
+    engine, roomy = tiny_engine("droidspeak", both, max_adapters=3), tiny_engine("droidspeak", agents())
     leave_free(engine, base=8, low_rank=0, recomputed=12)
-    with engine.trajectory() as trajectory, engine.trajectory() as other:
-        trajectory.append(QUESTION)
-        before = [engine.next_token_logits(trajectory, agent) for agent in both]
+    with engine.trajectory() as trajectory, roomy.trajectory() as same:
+        trajectory.append(QUESTION), same.append(QUESTION)
+        expected = {agent: roomy.next_token_logits(same, agent) for agent in ("plan", "action", "reflect")}
+        for agent in both:
+            engine.next_token_logits(trajectory, agent)
         engine.load_adapter("reflect", agents()["reflect"])
+        assert engine.cache_stats().recomputed.pages_free == 2
+        for agent in ("reflect", "plan", "action"):
+            assert_close(engine.next_token_logits(trajectory, agent), expected[agent], "equal")
+            assert engine.cache_stats().recomputed.pages_free == 2
+
+
+def test_a_call_that_even_an_empty_pool_does_not_hold_changes_nothing():
+    engine = tiny_engine("droidspeak", agents())
+    leave_free(engine, base=8, low_rank=0, recomputed=4)
+    with engine.trajectory() as trajectory:
+        trajectory.append(QUESTION)
         stats = engine.cache_stats()
         for call in (engine.next_token_logits, functools.partial(engine.generate, max_new_tokens=3)):
             with pytest.raises(
-                OutOfPagesError, match=r"5 more recomputed pages .* 2 of 144 are free: close.*larger num_recomputed_pa"
+                OutOfPagesError, match=r"5 more recomputed pages .* 4 of 144 are free: close.*larger num_recomputed_pa"
             ):
                 call(trajectory, "reflect")
         assert engine.cache_stats() == stats
-        for agent, logits in zip(both, before, strict=True):
-            assert_close(engine.next_token_logits(trajectory, agent), logits, "equal")
-        engine.unload_adapter("plan")  # whose pages are free for whoever comes
-        assert engine.score_output(trajectory, [1], "reflect").num_prefilled_tokens == len(QUESTION)
-        with pytest.raises(OutOfPagesError, match=r"5 more base pages .*larger num_pages"):
-            engine.next_token_logits(other.append(QUESTION), "action")
 
 
 def pages_of(engine, trajectory):

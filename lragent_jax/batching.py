@@ -1,0 +1,483 @@
+"""Continuous batching: all requests of an engine run together, join at any time and leave when they are done."""
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from lragent_jax.adapter_registry import AdapterRegistry
+from lragent_jax.awaited_pages import pages_needed_next, pages_written
+from lragent_jax.executor import DecodeBatch, Executor, Row
+from lragent_jax.metrics import EngineMetrics, Metrics
+from lragent_jax.models.errors import AdapterError, OutOfPagesError
+from lragent_jax.page_run import HOLE
+from lragent_jax.paged_cache import Claim
+from lragent_jax.request import Request
+from lragent_jax.sampling import SamplingArrays, sampling_arrays
+from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, batch_size, plan_step
+from lragent_jax.sharing import PoolName
+from lragent_jax.trajectory import LiveTrajectories
+
+_SHRINK = 8
+"""A decode batch is padded to as many rows as before until an eighth would do: programs and tables stay the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A waiting request's row, what its admission would claim, and for how many tokens."""
+
+    row: Row
+    claims: list[Claim]
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """Tokens [B, steps] that the device is about to have, and whose they are: (request, its row then, row of B)."""
+
+    tokens: jax.Array
+    rows: list[tuple[Request, Row, int]]
+
+
+class Batcher:
+    """The requests of one engine, and the steps that serve them.
+
+    Whoever waits for a request drives: one thread at a time takes a step, which serves everybody, and the others sleep
+    until it is done. A step gives the device its next work first and reads the results of the step before it then, so
+    that the device never waits for the host.
+
+    Everything with pages happens inside `exclusive`; `submit`, `defer` and `wake` may be called from anywhere.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        registry: AdapterRegistry,
+        trajectories: LiveTrajectories,
+        limits: Limits,
+        *,
+        reserved_tokens: int,
+        eos_token_ids: Sequence[int],
+        scope: Callable[[], contextlib.AbstractContextManager],
+    ):
+        self._executor, self._registry, self._cache = executor, registry, executor.cache
+        self._trajectories, self._limits, self._scope = trajectories, limits, scope
+        # At least what the first step decodes, which is planned together with the admission.
+        self._reserved_tokens = max(reserved_tokens, limits.decode_block)
+        self._eos_token_ids = tuple(eos_token_ids)
+        self.metrics = Metrics()
+        self._ids = itertools.count()
+        self._arrivals: collections.deque[Request] = collections.deque()
+        self._deferred: collections.deque[Callable[[], None]] = collections.deque()
+        self._waiting: list[Request] = []  # by id
+        self._running: dict[int, Request] = {}
+        self._free_slots = list(range(limits.batch_size - 1, -1, -1))
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._decode_key: tuple = ()
+        self._decode_batch: DecodeBatch | None = None
+        self._decode_size = 1
+        self._num_losses = self._cache.num_losses
+        self._stuck = False  # whether nobody can be admitted before something has changed
+        # C-level objects only: a finalizer may run while a thread is in the middle of them.
+        self._turn = threading.Lock()
+        self._drivers: list[queue.SimpleQueue[None]] = []
+
+    # Whoever calls.
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """From now on the requests take part; somebody has to drive until they are done."""
+        self._arrivals.extend(requests)
+        self.wake()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._arrivals or self._waiting or self._running or self._in_flight or self._deferred)
+
+    def drive(self, done: Callable[[], bool]) -> None:
+        """Steps for everybody, in turns with other threads that do so, until `done`; asked after every step."""
+        asleep: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._drivers.append(asleep)
+        try:
+            while not done():
+                if self.has_work and self._turn.acquire(blocking=False):
+                    try:
+                        with self.exclusive():
+                            self._step_or_restart()
+                    finally:
+                        self._turn.release()
+                        self.wake()
+                else:
+                    asleep.get()
+        finally:
+            self._drivers.remove(asleep)
+            self.wake()
+
+    def wake(self) -> None:
+        """Lets every driver look again."""
+        for asleep in list(self._drivers):
+            asleep.put(None)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Pages and device to oneself; before that, what was left to do is done."""
+        is_inner = self._cache.lock.is_mine
+        with self._cache.lock, self._scope():
+            if not is_inner:
+                self._clean_up()
+            yield
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Has something done in the next exclusive section, whoever enters it."""
+        self._deferred.append(action)
+        self.wake()
+
+    def finish(self, action: Callable[[], None]) -> None:
+        """Does something exclusively, at once if it can be.
+
+        The collector may close a forgotten stream in the middle of a step of the same thread. Then that step goes on
+        undisturbed and the next one begins with it.
+        """
+        if self._cache.lock.is_mine:
+            self.defer(action)
+            return
+        with self.exclusive():
+            action()
+
+    def _clean_up(self) -> None:
+        """What earlier calls left behind."""
+        while self._deferred:
+            self._deferred.popleft()()
+        self._trajectories.release_abandoned()
+        if self._cache.recover():  # token ids and writers survive: it is rebuilt as it was when it is read next
+            for trajectory in self._trajectories:
+                trajectory.pages_lost()
+        if self._cache.num_losses != self._num_losses:
+            self._num_losses = self._cache.num_losses
+            self._restart()
+
+    def snapshot(self) -> EngineMetrics:
+        """Called inside `exclusive`."""
+        num_waiting = len(self._waiting) + len(self._arrivals)
+        return self.metrics.snapshot(self._running.values(), num_waiting, self._cache.stats())
+
+    # Ends, inside `exclusive`.
+
+    def cancel(self, request: Request, num_kept: int = 0) -> None:
+        """Ends a request, whatever its state: its first `num_kept` tokens join, and its pages beyond them go."""
+        if not request.done:
+            request.state = "cancelled"
+            self.metrics.num_cancelled += 1
+        request.generated.interrupt(num_kept)
+        self._leave(request)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        request.state, request.error = "failed", error
+        self.metrics.num_failed += 1
+        request.generated.discard()
+        self._leave(request)
+        request.notify()
+
+    def _leave(self, request: Request) -> None:
+        """Lets a request's tokens join, and forgets what the device wrote, or is about to write, beyond them.
+
+        Whoever has its pages and its slot next uses them behind that: the device works in order.
+        """
+        trajectory, generated = request.trajectory, request.generated
+        length, num_tokens = len(trajectory), len(generated.token_ids)
+        if request.num_joined > num_tokens:
+            trajectory.truncate(request.start_length + num_tokens)
+        trajectory.join(generated.token_ids[request.num_joined :])
+        request.num_joined = num_tokens
+        if request.row is not None:
+            request.row.commit(length, max(length, request.start_length + generated.num_run))
+            request.row.release_unused()
+            self._executor.share([request.row])
+            assert request.slot is not None
+            self._free_slots.append(request.slot)
+            trajectory.let_go()
+            request.row = request.slot = None
+            del self._running[request.id]
+        elif request in self._waiting:
+            self._waiting.remove(request)
+        if request.is_private and request.done:
+            trajectory.drop(lambda key: False)
+        self._stuck = False
+
+    def _restart(self) -> None:
+        """Something went wrong on the device: everybody goes on from the tokens that are here."""
+        self._in_flight.clear()
+        for request in list(self._running.values()):
+            self._suspend(request)
+
+    def _suspend(self, request: Request) -> None:
+        """Takes a request out of the batch; it waits to go on, ahead of whoever came after it."""
+        generated = request.generated
+        generated.interrupt(len(generated.token_ids))
+        request.state = "preempted"
+        self._leave(request)
+        bisect.insort(self._waiting, request, key=lambda other: other.id)
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a request's pages for others."""
+        self._suspend(request)
+        request.trajectory.preempt()
+        self.metrics.num_preempted += 1
+
+    # A step.
+
+    def _step_or_restart(self) -> None:
+        try:
+            self._step()
+        except BaseException:  # Ctrl-C included: whoever drove has the error, the others their requests
+            self._restart()
+            raise
+
+    def _step(self) -> None:
+        while self._arrivals:
+            request = self._arrivals.popleft()
+            if request.done:  # cancelled already
+                continue
+            request.id = next(self._ids)
+            self._waiting.append(request)
+            self._stuck = False
+        opened: dict[int, _Opened] = {}
+        running = [self._description(request) for request in self._running.values()]
+        is_full = self._stuck or len(running) >= self._limits.batch_size or not self._waiting
+        tight = not is_full or any(count for request in running for count in request.growth.values())
+        try:
+            held = self._held_pages() if tight else {}
+            free: Pages = {name: self._cache.pools[name].num_pages - len(pages) for name, pages in held.items()}
+            plan = plan_step(() if is_full else self._candidates(opened, held), running, free, self._limits)
+            for id in plan.preempted:
+                self._preempt(self._running[id])
+            # Those who run come first here, too, or who is admitted would take what they need, again and again.
+            for id in plan.decoded:
+                if id in self._running:
+                    self._grow(self._running[id], plan.num_steps)
+            for id in plan.admitted:
+                self._admit(self._by_id(id), opened)
+        finally:
+            for left in opened.values():
+                self._close(left)
+        self._stuck = self._stuck or (not is_full and not plan.admitted and bool(self._running))
+        num_in_flight = len(self._in_flight)
+        read = [self._prefill([self._running[id] for id in ids if id in self._running]) for ids in plan.prefill]
+        self._decode([self._running[id] for id in plan.decoded if id in self._running], plan.num_steps)
+        self.metrics.count_step(len(plan.decoded))
+        if read and read[-1] is not None and len(self._in_flight) == num_in_flight:
+            self._in_flight.append(_InFlight(read[-1], []))  # so that the host is one step ahead, not many
+        # What was given to the device now stays there; what came before is read, while the device goes on.
+        num_left = int(len(self._in_flight) > num_in_flight)
+        while len(self._in_flight) > num_left:
+            self._read(self._in_flight.popleft())
+
+    def _by_id(self, id: int) -> Request:
+        return self._waiting[bisect.bisect_left(self._waiting, id, key=lambda request: request.id)]
+
+    def _description(self, request: Request) -> RunningRequest:
+        row = request.row
+        assert row is not None
+        chunks = row.chunks[request.next_chunk :]
+        next_length = self._length_after(request, min(self._limits.decode_block, request.max_steps))
+        growth: Pages = {}
+        shares = self._executor.prefix_cache and chunks and self._waiting
+        if not chunks and request.steps_left and next_length > request.num_reserved:
+            growth = self._cache.pages_needed(self._growth(request, next_length))
+        return RunningRequest(
+            id=request.id,
+            chunks=tuple(map(self._executor.padded_length, chunks)),
+            steps_left=request.steps_left,
+            max_steps=request.max_steps,
+            growth=growth,
+            to_come=row.num_new_pages(request.num_reserved, request.longest),
+            writes=pages_written(request, row) if shares else frozenset(),
+        )
+
+    def _length_after(self, request: Request, num_steps: int) -> int:
+        """Tokens in the cache after so many more steps, at most."""
+        return min(request.longest, request.start_length + request.num_dispatched - 1 + num_steps)
+
+    def _growth(self, request: Request, length: int) -> list[Claim]:
+        """Claims for pages up to `length`, and some more, so that this is seldom done."""
+        assert request.row is not None
+        stop = min(request.longest, max(length, request.num_reserved + self._reserved_tokens))
+        return [Claim(run, request.num_reserved, stop) for run in request.row.written]
+
+    # Admission.
+
+    def _held_pages(self) -> dict[PoolName, set[int]]:
+        """The pages of running requests; all others can be had, but for the few that nobody could write again."""
+        held: dict[PoolName, set[int]] = {name: set() for name in self._cache.pools}
+        for request in self._running.values():
+            if request.row is not None:
+                _add_pages(request.row, held)
+        return held
+
+    def _candidates(self, opened: dict[int, _Opened], held: dict[PoolName, set[int]]) -> Iterator[WaitingRequest]:
+        """The waiting requests, opened one after the other as the plan asks for them; `held` grows with them."""
+        shares = self._executor.prefix_cache
+        for request in list(self._waiting):
+            try:
+                opened[request.id] = row = self._open(request)
+            except AdapterError as error:  # unloaded while it waited
+                self._fail(request, error)
+                continue
+            pages = self._cache.pages_needed(row.claims)
+            for pool, count in _add_pages(row.row, held).items():
+                pages[pool] += count
+            yield WaitingRequest(
+                id=request.id,
+                pages=pages,
+                chunks=tuple(map(self._executor.padded_length, row.row.chunks)),
+                steps_left=request.steps_left,
+                max_steps=request.max_steps,
+                needs=pages_needed_next(request, row.row) if shares else frozenset(),
+                writes=pages_written(request, row.row) if shares else frozenset(),
+            )
+
+    def _open(self, request: Request) -> _Opened:
+        row = self._executor.open_row(request.trajectory, self._registry.find(request.agent))
+        # Whoever is alone has all it may need from the start, and no reason to fail on the way.
+        num_tokens = request.longest - len(request.trajectory)
+        if self._running or self._waiting[0] is not request:
+            num_tokens = min(num_tokens, self._reserved_tokens)
+        return _Opened(row, self._executor.plan(row, num_tokens), num_tokens)
+
+    def _close(self, opened: _Opened) -> None:
+        opened.row.give_up_reused()
+        opened.row.trajectory.let_go()
+
+    def _admit(self, request: Request, opened: dict[int, _Opened]) -> None:
+        entry = opened[request.id]
+        self._cache.note_calls([entry.row.required_keys])
+        try:
+            self._cache.reserve(entry.claims)
+        except OutOfPagesError as error:
+            self._stuck = True
+            if not self._running:
+                del opened[request.id]
+                self._close(entry)
+                self._fail(request, error)
+            return
+        del opened[request.id]
+        self._waiting.remove(request)
+        self._running[request.id] = request
+        request.row, request.slot = entry.row, self._free_slots.pop()
+        request.state, request.next_chunk = "prefilling", 0
+        request.num_reserved = len(request.trajectory) + entry.num_tokens
+        request.num_dispatched = len(request.generated.token_ids)
+        request.num_admissions += 1
+        self.metrics.count_admission(request, entry.row)
+
+    # Work for the device.
+
+    def _prefill(self, requests: list[Request]) -> jax.Array | None:
+        """Runs the next chunk of each; those for whom it is the last begin to decode. What the program returned."""
+        if not requests:
+            return None
+        rows = [request.row for request in requests if request.row is not None]
+        chunks = [row.chunks[request.next_chunk] for request, row in zip(requests, rows, strict=True)]
+        logits, _ = self._executor.run_chunks(rows, chunks)
+        for request, chunk in zip(requests, chunks, strict=True):
+            request.next_chunk += 1
+            self.metrics.count_prefill(request, chunk.num_tokens)
+        ended = [request for request in requests if not request.needs_prefill]
+        if self._waiting or ended:
+            self._executor.share(rows)
+            self._stuck = False
+        if not ended:
+            return logits
+        index = [len(request.generated.token_ids) for request in requests]
+        tokens = self._executor.begin(
+            logits,
+            [None if request.needs_prefill else request.slot for request in requests],
+            [len(request.trajectory) for request in requests],
+            self._sampling(requests, logits.shape[0]),
+            index,
+        )
+        tokens.copy_to_host_async()
+        for request in ended:
+            request.state, request.num_dispatched = "decoding", len(request.generated.token_ids) + 1
+        rows_of = [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))]
+        self._in_flight.append(_InFlight(tokens, [entry for entry in rows_of if not entry[0].needs_prefill]))
+        return logits
+
+    def _decode(self, requests: list[Request], num_steps: int) -> None:
+        """Up to `num_steps` more tokens for each."""
+        if not requests:
+            return
+        size = batch_size(len(self._running))
+        self._decode_size = size if size * _SHRINK <= self._decode_size else max(size, self._decode_size)
+        rows = [request.row for request in requests if request.row is not None]
+        key = (self._decode_size, *((r.id, r.num_admissions, r.num_reserved) for r in requests))
+        if key != self._decode_key or self._decode_batch is None:
+            slots = [request.slot for request in requests if request.slot is not None]
+            sampling = self._sampling(requests, self._decode_size)
+            self._decode_batch = self._executor.decode_batch(rows, slots, sampling, self._decode_size)
+            self._decode_key = key
+        tokens = self._executor.decode(self._decode_batch, num_steps)
+        tokens.copy_to_host_async()
+        for request in requests:
+            request.num_dispatched = min(request.num_dispatched + num_steps, request.generated.max_new_tokens)
+        self._in_flight.append(
+            _InFlight(tokens, [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))])
+        )
+
+    def _grow(self, request: Request, num_steps: int) -> None:
+        """Gets a row pages for its next tokens if it has none. Who came last is preempted until they can be had."""
+        length = self._length_after(request, num_steps)
+        while request.row is not None and request.num_reserved < length:
+            claims = self._growth(request, length)
+            try:
+                self._cache.reserve(claims)
+                request.num_reserved = claims[0].stop
+            except OutOfPagesError as error:
+                if len(self._running) == 1:
+                    self._fail(request, error)
+                else:
+                    self._preempt(self._running[max(self._running)])
+
+    def _sampling(self, requests: Sequence[Request], batch: int) -> SamplingArrays:
+        limits = [request.generated.max_new_tokens for request in requests]
+        return sampling_arrays([request.params for request in requests], limits, self._eos_token_ids, batch)
+
+    # Results.
+
+    def _read(self, result: _InFlight) -> None:
+        """Hands the tokens to those who still want them: whoever left or was preempted meanwhile does not."""
+        tokens = np.asarray(result.tokens) if result.rows else jax.block_until_ready(result.tokens)
+        now = time.perf_counter()
+        for request, row, b in result.rows:
+            if request.row is not row:
+                continue
+            new = np.atleast_1d(tokens[b])
+            new = new[new >= 0]
+            if not len(new):
+                continue
+            for token in new:
+                request.generated.push(int(token))
+            self.metrics.count_tokens(request, len(new), now)
+            if request.generated.finish_reason is not None:
+                request.state = "finished"
+                self._leave(request)
+                self.metrics.num_finished += 1
+            request.take_pieces()
+            request.notify()
+        if not self._running:
+            self._decode_size, self._decode_batch = 1, None
+
+
+def _add_pages(row: Row, held: dict[PoolName, set[int]]) -> dict[PoolName, int]:
+    """Adds a row's pages to those that are held; how many were not."""
+    before = {name: len(pages) for name, pages in held.items()}
+    for key, run in zip(row.keys, row.written, strict=True):
+        held[key.pool].update(page for page in run.pages if page != HOLE)
+    return {name: len(pages) - before[name] for name, pages in held.items()}

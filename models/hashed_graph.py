@@ -1,0 +1,27 @@
+"""The structure of a model as an argument that compiled programs are chosen by."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class HashedGraph(nnx.GraphDef):
+    """A `GraphDef` that knows its hash.
+
+    Flax's walks all layers whenever it is asked, which every call of a compiled program does: 5 ms for 32 layers, as
+    long as an H100 needs for a whole pass.
+    """
+
+    hashed: int
+
+    @classmethod
+    def of(cls, graphdef: nnx.GraphDef) -> "HashedGraph":
+        fields: dict[str, Any] = {field.name: getattr(graphdef, field.name) for field in dataclasses.fields(graphdef)}
+        return cls(**fields, hashed=hash(graphdef))
+
+    def __hash__(self) -> int:
+        return self.hashed

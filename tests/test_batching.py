@@ -1,0 +1,389 @@
+"""Requests that run together: who joins and leaves when, what is never lost, and that nobody notices the others."""
+
+import asyncio
+import collections
+import functools
+import random
+
+import jax
+import pytest
+from engines import CONFIG, ascii_tokenizer, tiny_engine
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+
+from lragent_jax.async_engine import AsyncEngine
+from lragent_jax.calls import Call
+from lragent_jax.engine import Engine
+from lragent_jax.models.adapter import Adapter, random_adapter
+from lragent_jax.models.errors import AdapterError, OutOfPagesError, TrajectoryBusyError
+from lragent_jax.page_run import HOLE
+from lragent_jax.sampling_params import SamplingParams
+
+QUESTION = [(7 * i + 3) % 128 for i in range(43)]  # five full pages of 8 and a piece
+# One set of shapes for the whole file: programs are compiled once per mode. Small pools are made by taking pages out.
+OPTIONS = {
+    "num_pages": 192, "num_low_rank_pages": 288, "prefill_buckets": (8,), "prefill_tokens": 64, "max_batch_size": 8,
+    "max_adapters": 8, "prefix_cache": True,
+}  # fmt: skip
+
+
+@functools.cache
+def eight_agents() -> dict[str, Adapter]:
+    """In three A-groups: agent0, agent3 and agent6 share their A."""
+    return {
+        f"agent{i}": random_adapter(CONFIG, rank=4, targets=("q", "v"), seed=i, shared_a_seed=i % 3, scale=0.3)
+        for i in range(8)
+    }
+
+
+def engine_for(mode: str, **options) -> Engine:
+    return tiny_engine(mode, eight_agents(), **{**OPTIONS, **options})
+
+
+def fill(engine: Engine, num_left: int, num_low_rank: int | None = None) -> None:
+    """Takes pages out of every pool for good: a small pool under the programs of a large one."""
+    for name, pool in engine._cache.pools.items():
+        while pool.num_free > (num_low_rank or num_left if name == "low_rank" else num_left):
+            pool.allocate()
+
+
+def num_held(engine: Engine) -> dict[str, int]:
+    stats = engine.cache_stats()
+    return {name: getattr(stats, name).pages_used for name in ("base", "low_rank", "recomputed")}
+
+
+def step(engine: Engine) -> None:
+    if engine.batcher.has_work:
+        asked = iter((False, True))
+        engine.batcher.drive(lambda: next(asked))
+
+
+def run_to_the_end(engine: Engine, *calls: Call) -> None:
+    engine.batcher.drive(lambda: all(call.is_over for call in calls))
+
+
+def opened(engine: Engine, prompt, agent=None, **sampling) -> Call:
+    return engine.caller.open([prompt], [agent], [SamplingParams(**sampling)])
+
+
+def abandon(engine: Engine, call: Call) -> None:
+    engine.batcher.finish(call.abandon)
+
+
+def check_references(engine: Engine, taken: dict[str, int] | None = None) -> None:
+    """Every page has as many holders as its pool counts; `taken` by the test itself, per pool."""
+    held: dict[int, collections.Counter] = {id(pool): collections.Counter() for pool in engine._cache.pools.values()}
+    for trajectory in engine._trajectories:
+        for run in trajectory._runs.values():
+            held[id(run.pool)].update(page for page in run.pages if page != HOLE)
+    for pool in engine._cache.pools.values():
+        held[id(pool)].update(cached.page for cached in engine._cache.prefixes.pages(pool))
+    for name, pool in engine._cache.pools.items():
+        counts = [pool.num_references(page) for page in range(pool.num_pages)]
+        holders = held[id(pool)]
+        surplus = [count - holders[page] for page, count in enumerate(counts)]
+        assert set(surplus) <= {0, 1}
+        assert sum(surplus) == (taken or {}).get(name, 0), f"{name}: pages without a holder"
+        assert all(not holders[page] for page, extra in enumerate(surplus) if extra)
+
+
+# Joining and leaving.
+
+
+def test_whoever_drives_drives_for_all_and_late_comers_join():
+    engine = engine_for("base_lr")
+    alone = [engine.generate(QUESTION[:n], "agent0", max_new_tokens=12).token_ids for n in (20, 30)]
+    first = opened(engine, QUESTION[:20], "agent0", max_new_tokens=12)
+    step(engine)
+    second = opened(engine, QUESTION[:30], "agent0", max_new_tokens=12)
+    run_to_the_end(engine, second)
+    assert first.is_over, "it began before and is no longer"
+    assert [call.requests[0].generated.token_ids for call in (first, second)] == alone
+    assert engine.metrics().mean_batch_size > 1
+    first.end()
+    second.end()
+
+
+def test_the_device_has_its_next_work_before_the_host_reads(monkeypatch):
+    """And a lone prompt takes one program per chunk and one for its first token, which is read at once."""
+    engine, log = engine_for("base_lr"), []
+    for name in ("run_chunks", "begin", "decode"):
+        monkeypatch.setattr(engine._executor, name, logged(log, name, getattr(engine._executor, name)))
+    monkeypatch.setattr(engine.batcher, "_read", logged(log, "read", engine.batcher._read))
+    engine.generate(QUESTION, "agent0", max_new_tokens=10)
+    assert log == [
+        *["run_chunks"] * 6, "begin", "decode", "read",
+        "decode", "read", "decode", "read", "read",
+    ]  # fmt: skip
+
+
+def logged(log: list, name: str, function):
+    @functools.wraps(function)
+    def call(*args):
+        log.append(name)
+        return function(*args)
+
+    return call
+
+
+def test_a_stop_string_ends_a_row_while_the_next_block_is_under_way():
+    engine = engine_for("base_lr", tokenizer=ascii_tokenizer())
+    free, other = engine.generate([QUESTION, QUESTION[::-1]], "agent0", max_new_tokens=24)
+    assert free.text is not None
+    prompts = [engine.trajectory().append(ids) for ids in (QUESTION, QUESTION[::-1])]
+    params = [SamplingParams(max_new_tokens=24, stop=[free.text[5:7]]), SamplingParams(max_new_tokens=24)]
+    outs = engine.generate(prompts, "agent0", params)
+    assert outs[0].text == free.text[: free.text.index(free.text[5:7])]
+    assert prompts[0].token_ids == QUESTION + outs[0].token_ids
+    assert outs[1].token_ids == other.token_ids
+    # What was written beyond the stop is written again by whoever goes on.
+    cold = engine_for("base_lr", prefix_cache=False)
+    want = cold.next_token_logits(cold.trajectory().append(prompts[0].token_ids), "agent0")
+    assert_close(engine.next_token_logits(prompts[0], "agent0"), want, "equal")
+
+
+def test_a_list_longer_than_the_batch_and_the_pool_takes_turns():
+    engine = engine_for("none")
+    fill(engine, 24)
+    seen = []
+    prompts = [[i, *QUESTION[:20]] for i in range(30)]
+    outs = engine.generate(prompts, "agent0", max_new_tokens=5, progress=lambda *at: seen.append(at))
+    assert [out.token_ids for out in outs[::7]] == [
+        engine.generate(prompt, "agent0", max_new_tokens=5).token_ids for prompt in prompts[::7]
+    ]
+    assert seen[0] == (0, 30, "generating")
+    assert seen[-1] == (30, 30, "generating")
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+
+
+def test_what_can_never_fit_is_refused_before_the_rest_is_run():
+    engine = engine_for("none")
+    good = engine.trajectory().append(QUESTION)
+    with pytest.raises(OutOfPagesError, match="193 base pages of 8 tokens, there are 192"):
+        engine.generate([good, [1] * 1500], "agent0", max_new_tokens=40)
+    assert good.token_ids == QUESTION
+    assert engine.metrics().num_steps == 0
+
+
+def test_a_list_in_which_one_fails_leaves_nothing():
+    """A prompt fits the pool, but not what others leave of it, and the rest has ended when that turns out."""
+    engine = engine_for("none")
+    fill(engine, 20)
+    good, taken = engine.trajectory().append(QUESTION), num_held(engine)
+    with pytest.raises(OutOfPagesError, match="32 more base pages of 8 tokens, 20 of 192 are free: close trajectories"):
+        engine.generate([good, [1] * 250], "agent0", max_new_tokens=3)
+    assert good.token_ids == QUESTION
+    assert engine.metrics().num_finished == 1
+    assert len(engine.generate(good, "agent0", max_new_tokens=3).token_ids) == 3
+    good.close()
+    assert num_held(engine) == taken
+
+
+# A prefix that is just being read.
+
+
+@pytest.mark.parametrize(
+    ("mode", "names", "num_prefilled"),
+    [
+        ("base_lr", ["agent0"], 43 + 63 * 3),
+        ("none", ["agent0"], 43 + 63 * 3),
+        ("none", ["agent0", "agent3"], 2 * 43 + 62 * 3),
+        ("base_lr", ["agent0", "agent3"], 43 + 63 * 3),  # one A-group
+        ("base", ["agent0", "agent3"], 2 * 43 + 62 * 3),  # each its own low-rank pages
+    ],
+)
+def test_simultaneous_requests_read_a_common_prefix_once(mode, names, num_prefilled):
+    engine = engine_for(mode)
+    prompts = [[*QUESTION[:40], i, i, i] for i in range(64)]
+    outs = engine.generate(prompts, [names[i % len(names)] for i in range(64)], max_new_tokens=1)
+    assert sum(out.num_prefilled_tokens for out in outs) == num_prefilled
+    assert engine.metrics().num_prefilled_tokens == num_prefilled
+
+
+def test_a_reader_that_is_cancelled_is_not_waited_for():
+    engine = engine_for("base_lr", prefill_tokens=8)
+    reader, waiter = (opened(engine, [*QUESTION, i], "agent0", max_new_tokens=2) for i in range(2))
+    step(engine)
+    step(engine)
+    assert (reader.requests[0].state, waiter.requests[0].state) == ("prefilling", "waiting")
+    abandon(engine, reader)
+    run_to_the_end(engine, waiter)
+    out = waiter.requests[0].output()
+    assert out.num_prefilled_tokens + out.num_cached_tokens == 44
+    assert out.num_cached_tokens in (16, 24), "what had been read when the reader left"
+    waiter.end()
+    check_references(engine)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("mode", ["none", "base_lr"])
+def test_a_preempted_request_goes_on_where_it_was(mode):
+    engine = engine_for(mode, reserved_tokens=4)
+    prompts = [[i, *QUESTION[:9]] for i in range(4)]
+    alone = [engine.generate(prompt, "agent0", max_new_tokens=40).token_ids for prompt in prompts]
+    tight = engine_for(mode, reserved_tokens=4)
+    fill(tight, 16)  # each needs seven in the end
+    taken = num_held(tight)
+    trajectories = [tight.trajectory().append(prompt) for prompt in prompts]
+    outs = tight.generate(trajectories, "agent0", max_new_tokens=40)
+    assert [out.token_ids for out in outs] == alone
+    metrics = tight.metrics()
+    assert 0 < metrics.num_preempted <= 8
+    assert metrics.num_recomputed_tokens > 0
+    assert [out.num_prefilled_tokens for out in outs] == [10] * 4
+    check_references(tight, taken)
+
+
+def test_a_cancelled_request_frees_its_pages_whatever_its_state():
+    engine = engine_for("base_lr", prefill_tokens=8)
+    trajectory = engine.trajectory().append(QUESTION)
+    waiting, cold = opened(engine, trajectory, "agent0", max_new_tokens=30), num_held(engine)
+    for num_steps, state in ((0, "waiting"), (2, "prefilling"), (7, "decoding")):
+        if num_steps:
+            waiting = opened(engine, trajectory, "agent0", max_new_tokens=30)
+        for _ in range(num_steps):
+            step(engine)
+        assert waiting.requests[0].state == state
+        abandon(engine, waiting)
+        assert waiting.requests[0].state == "cancelled"
+        assert trajectory.token_ids == QUESTION
+        check_references(engine)
+        if state == "prefilling":
+            trajectory.drop(lambda key: False)
+    trajectory.close()
+    assert num_held(engine) == cold
+    assert engine.metrics().num_cancelled == 3
+
+
+def test_an_error_is_its_drivers_and_others_go_on(monkeypatch):
+    engine = engine_for("none")
+    want = engine.generate(QUESTION, "agent0", max_new_tokens=12).token_ids
+    bystander = opened(engine, QUESTION, "agent0", max_new_tokens=12)
+    step(engine)
+    step(engine)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._executor, "decode", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(QUESTION[::-1], "agent3", max_new_tokens=9)
+    jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)  # as an interrupted program leaves them
+    run_to_the_end(engine, bystander)
+    assert bystander.requests[0].output().token_ids == want
+    bystander.end()
+    check_references(engine)
+
+
+# Anything in any order.
+
+
+BEGINNINGS = [QUESTION[:16], QUESTION[:16] + [5] * 8, QUESTION[::-1][:10]]
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, 2), st.integers(0, 5), st.integers(0, 7), st.integers(1, 30)),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("load"), st.integers(0, 7)),
+        st.tuples(st.just("unload"), st.integers(0, 7)),
+    ),
+    max_size=25,
+)
+
+
+@functools.cache
+def stressed(mode: str) -> tuple[Engine, dict[str, int], Engine]:
+    """An engine with few pages, how many of them are out of reach, and one with many."""
+    engine = engine_for(mode, reserved_tokens=4)
+    fill(engine, 10, num_low_rank=30)  # what was written by another A-group may have to be rebuilt, with its pages
+    return engine, num_held(engine), engine_for(mode)
+
+
+@pytest.mark.parametrize("mode", ["none", "base_lr"])
+def test_anything_in_any_order_leaves_everything_consistent(mode):
+    engine, taken, calm = stressed(mode)
+    alone = functools.cache(lambda ids, agent, n: calm.generate(list(ids), agent, max_new_tokens=n).token_ids)
+    num_preempted = 0
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(actions)
+    @example([("submit", 0, i, i, 30) for i in range(5)])
+    def run(todo):
+        nonlocal num_preempted
+        calls: list[tuple[Call, tuple]] = []
+        for what, *numbers in todo:
+            if what == "submit":
+                beginning, end, agent, count = numbers
+                ids, name = (*BEGINNINGS[beginning], end, end + 1, 9), f"agent{agent}"
+                try:
+                    calls.append((opened(engine, list(ids), name, max_new_tokens=count), (ids, name, count)))
+                except AdapterError:
+                    assert name not in engine.agents
+            elif what == "step":
+                for _ in range(numbers[0]):
+                    step(engine)
+            elif what == "cancel" and calls:
+                call, _ = calls.pop(numbers[0] % len(calls))
+                abandon(engine, call)
+            elif what == "load" and f"agent{numbers[0]}" not in engine.agents:
+                engine.load_adapter(f"agent{numbers[0]}", eight_agents()[f"agent{numbers[0]}"])
+            elif what == "unload" and f"agent{numbers[0]}" in engine.agents:
+                try:
+                    engine.unload_adapter(f"agent{numbers[0]}")
+                except TrajectoryBusyError:
+                    assert calls, "nobody holds a trajectory"
+            check_references(engine, taken)
+        run_to_the_end(engine, *(call for call, _ in calls))
+        for call, asked in calls:
+            call.check()
+            call.end()
+            if mode == "none":
+                assert call.requests[0].output().token_ids == alone(*asked)
+        assert num_held(engine) == taken
+        for name, adapter in eight_agents().items():
+            if name not in engine.agents:
+                engine.load_adapter(name, adapter)
+        num_preempted = engine.metrics().num_preempted
+
+    run()
+    assert num_preempted > 0, "the pool is too large to test anything"
+
+
+def test_two_thousand_requests_of_sixty_trajectories_and_eight_agents():
+    engine = engine_for("base_lr")
+    taken, names = num_held(engine), list(eight_agents())
+    given_out: list[int] = []
+
+    async def user(server: AsyncEngine, number: int, num_requests: int) -> None:
+        rng = random.Random(number)
+        trajectory, expected = engine.trajectory(), []
+        for turn in range(num_requests):
+            if turn % 6 == 0:
+                trajectory.close()
+                trajectory, expected = engine.trajectory().append([7, 8, 9] * 3), [7, 8, 9] * 3
+            ids = [rng.randrange(128) for _ in range(rng.randrange(1, 3))]
+            trajectory.append(ids)
+            count = rng.randrange(1, 4)
+            out = await server.generate(trajectory, rng.choice(names), max_new_tokens=count)
+            assert len(out.token_ids) == count
+            expected += ids + out.token_ids
+            assert trajectory.token_ids == expected, "lost, or twice"
+            given_out.append(count)
+        trajectory.close()
+
+    async def all_users() -> None:
+        async with AsyncEngine(engine) as server:
+            await asyncio.gather(*(user(server, i, 34 if i < 20 else 33) for i in range(60)))
+
+    asyncio.run(all_users())
+    metrics = engine.metrics()
+    assert (metrics.num_finished, metrics.num_waiting, metrics.num_decoding) == (2000, 0, 0)
+    assert len(given_out) == 2000
+    assert metrics.num_generated_tokens == sum(given_out)
+    assert metrics.mean_batch_size > 2
+    assert num_held(engine) == taken
+    check_references(engine, taken)

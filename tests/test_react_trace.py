@@ -7,6 +7,15 @@ from lragent_jax.measure.react_trace import mean_context, num_tokens, react_trac
 from lragent_jax.page_pool import PagePool
 from lragent_jax.page_run import PageRun
 
+
+class Reader:
+    """Somebody with one empty run."""
+
+    def __init__(self):
+        self.required = self.written = [PageRun(PagePool(0), 64)]
+        self.writer_content = None
+
+
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 
 
@@ -40,7 +49,7 @@ def test_buckets_leave_little_padding_and_few_pieces(chunk, mode):
     assert len(buckets) <= 5
     run, padded, pieces, least = 0, 0, 0, 0
     for start, stop in spans(react_trace(chunk), mode):
-        chunks = plan_chunks(stop - start, [PageRun(PagePool(0), 64)], [], buckets)
+        chunks = plan_chunks(stop - start, Reader(), lambda content: None, buckets)
         run += stop - start
         padded += sum(bucket_for(chunk.num_tokens, buckets) for chunk in chunks)
         pieces += len(chunks)

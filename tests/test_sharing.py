@@ -262,7 +262,8 @@ def test_an_adapter_that_the_recomputed_pool_has_no_pages_for():
     engine, roomy = tiny_engine("droidspeak", both, max_adapters=3), tiny_engine("droidspeak", agents())
     leave_free(engine, base=8, low_rank=0, recomputed=12)
     with engine.trajectory() as trajectory, roomy.trajectory() as same:
-        trajectory.append(QUESTION), same.append(QUESTION)
+        trajectory.append(QUESTION)
+        same.append(QUESTION)
         expected = {agent: roomy.next_token_logits(same, agent) for agent in ("plan", "action", "reflect")}
         for agent in both:
             engine.next_token_logits(trajectory, agent)

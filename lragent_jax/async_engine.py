@@ -22,12 +22,13 @@ _SECONDS_AFTER_ERROR = 0.01
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    """A call that a task waits for. `error`: what the thread met, or that the engine was closed."""
+    """A call that a task waits for. `error`: what the thread met, or that the engine was closed, which ended it."""
 
     call: Call
     loop: asyncio.AbstractEventLoop
     news: asyncio.Event
     error: BaseException | None = None
+    was_ended: bool = False
 
     @property
     def request(self) -> Request:
@@ -68,12 +69,19 @@ class AsyncEngine:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fails what is under way with `LRAgentError` and ends the thread; closing twice is allowed."""
+        """Fails what is under way with `LRAgentError` and ends the thread; closing twice is allowed.
+
+        What a reader of a stream was given stays in the trajectory, whether or not it ever comes back for more.
+        """
         self._closing = True
         while self._pending:
-            for pending in list(self._pending):
+            pending = self._pending.pop()
+            pending.was_ended = True
+            if pending.request.state == "finished":
+                pending.call.end()
+            else:
                 pending.fail(LRAgentError("the engine was closed before this request was done"))
-            await asyncio.sleep(_SECONDS_AFTER_ERROR)
+                await self._abandon(pending, keep_taken=True)
         self._closed = True
         self._batcher.wake()
         await asyncio.to_thread(self._thread.join)
@@ -106,7 +114,7 @@ class AsyncEngine:
             pending.check()
             await pending.news.wait()
             pending.news.clear()
-        pending.call.check()
+        pending.check()
 
     @contextlib.asynccontextmanager
     async def _call(
@@ -128,7 +136,9 @@ class AsyncEngine:
             raise
         finally:
             try:
-                if pending.request.state == "finished" and not was_left:
+                if pending.was_ended:
+                    pass
+                elif pending.request.state == "finished" and not was_left:
                     call.end()
                 else:
                     await self._abandon(pending, keep_taken=was_left)

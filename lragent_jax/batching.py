@@ -8,7 +8,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.awaited_pages import pages_needed_next, pages_written
 from lragent_jax.executor import DecodeBatch, Executor, Row
+from lragent_jax.held_pages import add_pages, held_pages
 from lragent_jax.metrics import EngineMetrics, Metrics
 from lragent_jax.models.errors import AdapterError, OutOfPagesError
-from lragent_jax.page_run import HOLE
 from lragent_jax.paged_cache import Claim
 from lragent_jax.request import Request
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
@@ -51,8 +51,8 @@ class Batcher:
     """The requests of one engine, and the steps that serve them.
 
     Whoever waits for a request drives: one thread at a time takes a step, which serves everybody, and the others sleep
-    until it is done. A step gives the device its next work first and reads the results of the step before it then, so
-    that the device never waits for the host.
+    until it is done. A step gives the device its next work before it reads the results of the step before: the device
+    never waits for the host.
 
     Everything with pages happens inside `exclusive`; `submit`, `defer` and `wake` may be called from anywhere.
     """
@@ -123,7 +123,8 @@ class Batcher:
     def wake(self) -> None:
         """Lets every driver look again."""
         for asleep in list(self._drivers):
-            asleep.put(None)
+            if asleep.empty():  # a driver asks whether it is done after taking what is there
+                asleep.put(None)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -145,16 +146,20 @@ class Batcher:
         The collector may close a forgotten stream in the middle of a step of the same thread. Then that step goes on
         undisturbed and the next one begins with it.
         """
-        if self._cache.lock.is_mine:
-            self.defer(action)
-            return
-        with self.exclusive():
-            action()
+        self.defer(action)  # first: whoever is interrupted while it waits leaves it to others
+        if not self._cache.lock.is_mine:
+            with self.exclusive():
+                pass
 
     def _clean_up(self) -> None:
         """What earlier calls left behind."""
         while self._deferred:
-            self._deferred.popleft()()
+            try:
+                self._deferred[0]()
+            except Exception:
+                self._deferred.popleft()
+                raise
+            self._deferred.popleft()  # not before: one that was interrupted is done again
         self._trajectories.release_abandoned()
         if self._cache.recover():  # token ids and writers survive: it is rebuilt as it was when it is read next
             for trajectory in self._trajectories:
@@ -172,30 +177,30 @@ class Batcher:
 
     def cancel(self, request: Request, num_kept: int = 0) -> None:
         """Ends a request, whatever its state: its first `num_kept` tokens join, and its pages beyond them go."""
-        if not request.done:
-            request.state = "cancelled"
-            self.metrics.num_cancelled += 1
         request.generated.interrupt(num_kept)
-        self._leave(request)
+        self._leave(request, ends=True)
+        if not request.done:
+            self.metrics.num_cancelled += 1
+            request.state = "cancelled"
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        request.state, request.error = "failed", error
         self.metrics.num_failed += 1
         request.generated.discard()
-        self._leave(request)
+        self._leave(request, ends=True)
+        request.state, request.error = "failed", error
         request.notify()
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, *, ends: bool) -> None:
         """Lets a request's tokens join, and forgets what the device wrote, or is about to write, beyond them.
 
-        Whoever has its pages and its slot next uses them behind that: the device works in order.
+        Whoever has its pages and its slot next uses them behind that: the device works in order. If it `ends` here, its
+        state says so afterwards and not before: whoever sees that has the trajectory.
         """
         trajectory, generated = request.trajectory, request.generated
         length, num_tokens = len(trajectory), len(generated.token_ids)
         if request.num_joined > num_tokens:
             trajectory.truncate(request.start_length + num_tokens)
         trajectory.join(generated.token_ids[request.num_joined :])
-        request.num_joined = num_tokens
         if request.row is not None:
             request.row.commit(length, max(length, request.start_length + generated.num_run))
             request.row.release_unused()
@@ -204,10 +209,10 @@ class Batcher:
             self._free_slots.append(request.slot)
             trajectory.let_go()
             request.row = request.slot = None
-            del self._running[request.id]
-        elif request in self._waiting:
+        self._running.pop(request.id, None)
+        if request in self._waiting:
             self._waiting.remove(request)
-        if request.is_private and request.done:
+        if request.is_private and ends:
             trajectory.drop(lambda key: False)
         self._stuck = False
 
@@ -216,13 +221,14 @@ class Batcher:
         self._in_flight.clear()
         for request in list(self._running.values()):
             self._suspend(request)
+        self._free_slots = list(range(self._limits.batch_size - 1, -1, -1))  # an interrupt may have lost one
 
     def _suspend(self, request: Request) -> None:
         """Takes a request out of the batch; it waits to go on, ahead of whoever came after it."""
         generated = request.generated
         generated.interrupt(len(generated.token_ids))
         request.state = "preempted"
-        self._leave(request)
+        self._leave(request, ends=False)
         bisect.insort(self._waiting, request, key=lambda other: other.id)
 
     def _preempt(self, request: Request) -> None:
@@ -242,28 +248,35 @@ class Batcher:
 
     def _step(self) -> None:
         while self._arrivals:
-            request = self._arrivals.popleft()
-            if request.done:  # cancelled already
-                continue
-            request.id = next(self._ids)
-            self._waiting.append(request)
+            request = self._arrivals[0]
+            if request.id < 0:
+                request.id = next(self._ids)
+            if not request.done and request not in self._waiting[-1:]:  # nor cancelled already, nor interrupted here
+                self._waiting.append(request)
+            self._arrivals.popleft()
             self._stuck = False
         opened: dict[int, _Opened] = {}
         running = [self._description(request) for request in self._running.values()]
         is_full = self._stuck or len(running) >= self._limits.batch_size or not self._waiting
         tight = not is_full or any(count for request in running for count in request.growth.values())
         try:
-            held = self._held_pages() if tight else {}
+            held = held_pages(self._running.values(), self._cache.pools) if tight else {}
             free: Pages = {name: self._cache.pools[name].num_pages - len(pages) for name, pages in held.items()}
-            plan = plan_step(() if is_full else self._candidates(opened, held), running, free, self._limits)
+            written = frozenset[Hashable]().union(*(request.writes for request in running if request.chunks))
+            candidates = () if is_full else self._candidates(opened, held, written)
+            plan = plan_step(candidates, running, free, self._limits)
+            # Those who have to wait hold nothing, or what was counted on could not be had.
+            for id in opened.keys() - set(plan.admitted):
+                self._close(opened.pop(id))
             for id in plan.preempted:
                 self._preempt(self._running[id])
             # Those who run come first here, too, or who is admitted would take what they need, again and again.
             for id in plan.decoded:
                 if id in self._running:
-                    self._grow(self._running[id], plan.num_steps)
+                    self._grow(self._running[id], plan.num_steps, opened)
             for id in plan.admitted:
-                self._admit(self._by_id(id), opened)
+                if id in opened:
+                    self._admit(self._by_id(id), opened)
         finally:
             for left in opened.values():
                 self._close(left)
@@ -313,25 +326,25 @@ class Batcher:
 
     # Admission.
 
-    def _held_pages(self) -> dict[PoolName, set[int]]:
-        """The pages of running requests; all others can be had, but for the few that nobody could write again."""
-        held: dict[PoolName, set[int]] = {name: set() for name in self._cache.pools}
-        for request in self._running.values():
-            if request.row is not None:
-                _add_pages(request.row, held)
-        return held
+    def _candidates(
+        self, opened: dict[int, _Opened], held: dict[PoolName, set[int]], written: frozenset[Hashable]
+    ) -> Iterator[WaitingRequest]:
+        """The first waiting requests, opened one after the other as the plan asks for them; `held` grows with them.
 
-    def _candidates(self, opened: dict[int, _Opened], held: dict[PoolName, set[int]]) -> Iterator[WaitingRequest]:
-        """The waiting requests, opened one after the other as the plan asks for them; `held` grows with them."""
+        Not opened again is who is known to wait for pages that are still being `written`.
+        """
         shares = self._executor.prefix_cache
-        for request in list(self._waiting):
+        for request in self._waiting[: 2 * self._limits.batch_size]:
+            if request.awaits & written:
+                continue
             try:
                 opened[request.id] = row = self._open(request)
             except AdapterError as error:  # unloaded while it waited
                 self._fail(request, error)
                 continue
+            request.awaits = pages_needed_next(request, row.row) if shares else frozenset()
             pages = self._cache.pages_needed(row.claims)
-            for pool, count in _add_pages(row.row, held).items():
+            for pool, count in add_pages(row.row, held).items():
                 pages[pool] += count
             yield WaitingRequest(
                 id=request.id,
@@ -339,7 +352,7 @@ class Batcher:
                 chunks=tuple(map(self._executor.padded_length, row.row.chunks)),
                 steps_left=request.steps_left,
                 max_steps=request.max_steps,
-                needs=pages_needed_next(request, row.row) if shares else frozenset(),
+                needs=request.awaits,
                 writes=pages_written(request, row.row) if shares else frozenset(),
             )
 
@@ -362,14 +375,18 @@ class Batcher:
             self._cache.reserve(entry.claims)
         except OutOfPagesError as error:
             self._stuck = True
-            if not self._running:
+            for id in (later := opened.keys() - {request.id}):  # they keep pages that this one can have
+                self._close(opened.pop(id))
+            if later:
+                self._admit(request, opened)
+            elif not self._running:
                 del opened[request.id]
                 self._close(entry)
                 self._fail(request, error)
             return
         del opened[request.id]
-        self._waiting.remove(request)
         self._running[request.id] = request
+        self._waiting.remove(request)
         request.row, request.slot = entry.row, self._free_slots.pop()
         request.state, request.next_chunk = "prefilling", 0
         request.num_reserved = len(request.trajectory) + entry.num_tokens
@@ -431,8 +448,11 @@ class Batcher:
             _InFlight(tokens, [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))])
         )
 
-    def _grow(self, request: Request, num_steps: int) -> None:
-        """Gets a row pages for its next tokens if it has none. Who came last is preempted until they can be had."""
+    def _grow(self, request: Request, num_steps: int, opened: dict[int, _Opened]) -> None:
+        """Gets a row pages for its next tokens if it has none.
+
+        Nobody is admitted, and who came last is preempted, until they can be had.
+        """
         length = self._length_after(request, num_steps)
         while request.row is not None and request.num_reserved < length:
             claims = self._growth(request, length)
@@ -440,7 +460,10 @@ class Batcher:
                 self._cache.reserve(claims)
                 request.num_reserved = claims[0].stop
             except OutOfPagesError as error:
-                if len(self._running) == 1:
+                if opened:
+                    while opened:
+                        self._close(opened.popitem()[1])
+                elif len(self._running) == 1:
                     self._fail(request, error)
                 else:
                     self._preempt(self._running[max(self._running)])
@@ -465,19 +488,13 @@ class Batcher:
             for token in new:
                 request.generated.push(int(token))
             self.metrics.count_tokens(request, len(new), now)
-            if request.generated.finish_reason is not None:
-                request.state = "finished"
-                self._leave(request)
+            if request.generated.finish_reason is None:
+                request.take_pieces()
+            else:
+                self._leave(request, ends=True)
                 self.metrics.num_finished += 1
-            request.take_pieces()
+                request.take_pieces(ends=True)
+                request.state = "finished"
             request.notify()
         if not self._running:
             self._decode_size, self._decode_batch = 1, None
-
-
-def _add_pages(row: Row, held: dict[PoolName, set[int]]) -> dict[PoolName, int]:
-    """Adds a row's pages to those that are held; how many were not."""
-    before = {name: len(pages) for name, pages in held.items()}
-    for key, run in zip(row.keys, row.written, strict=True):
-        held[key.pool].update(page for page in run.pages if page != HOLE)
-    return {name: len(pages) - before[name] for name, pages in held.items()}

@@ -101,12 +101,13 @@ class Caller:
                 trajectory = prompt if isinstance(prompt, Trajectory) else self._new_trajectory().append(prompt)
                 self.check_own(trajectory)
                 held.enter_context(trajectory.extending())
+                look = LOOK_STEPS if one.stop or streams else self._executor.decode_block
                 request = Request(
                     trajectory=trajectory,
                     agent=agent,
                     params=one,
                     generated=self._generated_row(trajectory, one),
-                    max_steps=LOOK_STEPS if one.stop or streams else self._executor.decode_block,
+                    max_steps=min(look, self._executor.decode_block),
                     is_private=is_private,
                     pieces=collections.deque() if streams else None,
                     listener=listener,

@@ -98,7 +98,7 @@ class Engine:
             batch_size=self.options.max_batch_size,
             token_budget=self.options.prefill_tokens,
             decode_block=self.options.decode_block,
-            mixed_block=LOOK_STEPS,
+            mixed_block=min(LOOK_STEPS, self.options.decode_block),
         )
         self.batcher = Batcher(
             self._executor, self._registry, self._trajectories, limits,

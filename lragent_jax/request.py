@@ -42,12 +42,12 @@ class Request:
     next_chunk: int = 0
     num_reserved: int = 0  # tokens of the trajectory that there are pages for
     num_dispatched: int = 0  # generated tokens at most, when all that the device was given is done
-    num_joined: int = 0  # generated tokens that are in the trajectory
     num_taken: int = 0  # generated tokens that were made into pieces
     num_admissions: int = 0
     num_prefilled_tokens: int = 0
     num_cached_tokens: int = 0
     page_names: list[Hashable] = dataclasses.field(default_factory=list)  # of its full pages of token ids
+    awaits: frozenset[Hashable] = frozenset()  # the next pages that it lacked when it was looked at last
     arrived_at: float = dataclasses.field(default_factory=time.perf_counter)
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -74,18 +74,23 @@ class Request:
         return self.start_length + self.generated.max_new_tokens - 1
 
     @property
+    def num_joined(self) -> int:
+        """Generated tokens that are in the trajectory."""
+        return len(self.trajectory) - self.start_length
+
+    @property
     def num_given(self) -> int:
         """Generated tokens that the reader has taken."""
         return self.num_taken - sum(len(piece.token_ids) for piece in self.pieces or ())
 
-    def take_pieces(self) -> None:
-        """Puts what has become certain aside for the reader."""
+    def take_pieces(self, *, ends: bool = False) -> None:
+        """Puts what has become certain aside for the reader, with the output if the request `ends`."""
         if self.pieces is None:
             return
         ids = self.generated.token_ids[self.num_taken :]
         text = self.generated.take_text()
         self.num_taken += len(ids)
-        output = self.output() if self.state == "finished" else None
+        output = self.output() if ends else None
         if text or ids or output:
             self.pieces.append(StreamPiece(text, ids, output))
 

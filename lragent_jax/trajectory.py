@@ -21,24 +21,28 @@ Encode = Callable[[str, bool], list[int]]
 class LiveTrajectories:
     """An engine's trajectories while somebody holds them, and the page runs of those dropped without `close`."""
 
+    # Without a lock: the collector may end another call in the middle of these, and that one waits for the engine's,
+    # whose holder may be here. Every step on the dictionary is a single one of the interpreter's.
+
     def __init__(self):
-        self._lock = threading.RLock()
-        self._live: weakref.WeakSet[Trajectory] = weakref.WeakSet()
+        self._live: dict[int, weakref.ref[Trajectory]] = {}
         self._abandoned: collections.deque[dict[PageKey, PageRun]] = collections.deque()
 
     def __iter__(self) -> Iterator["Trajectory"]:
-        with self._lock:
-            return iter(list(self._live))
+        found = (reference() for reference in list(self._live.values()))
+        return iter([trajectory for trajectory in found if trajectory is not None])
 
     def add(self, trajectory: "Trajectory", runs: dict[PageKey, PageRun]) -> weakref.finalize:
-        # The collector may run in the middle of an allocation: pages are only put aside here.
-        with self._lock:
-            self._live.add(trajectory)
-        return weakref.finalize(trajectory, self._abandoned.append, runs)
+        self._live[id(trajectory)] = weakref.ref(trajectory)
+        return weakref.finalize(trajectory, self._abandon, id(trajectory), runs)
 
     def discard(self, trajectory: "Trajectory") -> None:
-        with self._lock:
-            self._live.discard(trajectory)
+        self._live.pop(id(trajectory), None)
+
+    def _abandon(self, key: int, runs: dict[PageKey, PageRun]) -> None:
+        # The collector may run in the middle of an allocation: pages are only put aside here.
+        self._live.pop(key, None)
+        self._abandoned.append(runs)
 
     def release_abandoned(self) -> None:
         while self._abandoned:

@@ -75,6 +75,22 @@ def test_leaving_cancels_and_the_trajectory_is_its_owners_again(engine):
     assert engine.metrics().num_cancelled == 3
 
 
+def test_closing_ends_streams_that_nobody_reads_on(engine):
+    trajectory = engine.trajectory().append(QUESTION)
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as server:
+            pieces = server.stream(trajectory, "plan", max_new_tokens=200)
+            given = (await anext(pieces)).token_ids
+        assert trajectory.token_ids == QUESTION + given
+        with pytest.raises(LRAgentError, match="closed"):
+            await anext(pieces)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    trajectory.append([1]).close()
+    assert engine.cache_stats().bytes_used == 0
+
+
 def test_an_error_of_the_device_reaches_whoever_waits_and_the_server_goes_on(engine, monkeypatch):
     async def main() -> None:
         async with AsyncEngine(engine) as server:

@@ -157,6 +157,32 @@ def test_a_list_longer_than_the_batch_and_the_pool_takes_turns():
     assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
 
 
+def test_who_has_to_wait_keeps_no_pages_from_who_is_admitted():
+    """The idle pages of a trajectory that is next in the queue are to be had like any others."""
+    engine = engine_for("base")
+    fill(engine, 16, 64)
+    with engine.trajectory() as idle:
+        engine.next_token_logits(idle.append([5] * 80), "agent0")
+        expected = engine.next_token_logits(idle, "agent1")
+        long = [(5 * i + 1) % 128 for i in range(90)]
+        outputs = engine.generate([long, idle], "agent0", max_new_tokens=2, ignore_eos=True)
+        assert [len(out.token_ids) for out in outputs] == [2, 2]
+        idle.rollback(2)
+        assert_close(engine.next_token_logits(idle, "agent1"), expected, "equal")
+
+
+def test_a_block_shorter_than_a_look_loses_no_step():
+    """A row that is read along decodes while another is prefilled chunk by chunk."""
+    engine = engine_for("none", decode_block=2)
+    stream = engine.stream(QUESTION, "agent0", max_new_tokens=12, ignore_eos=True)
+    first = next(stream)
+    call = opened(engine, [(3 * i + 1) % 128 for i in range(200)], "agent1", max_new_tokens=2, ignore_eos=True)
+    ids = first.token_ids + [token for piece in stream for token in piece.token_ids]
+    assert ids == engine.generate(QUESTION, "agent0", max_new_tokens=12, ignore_eos=True).token_ids
+    run_to_the_end(engine, call)
+    call.end()
+
+
 def test_what_can_never_fit_is_refused_before_the_rest_is_run():
     engine = engine_for("none")
     good = engine.trajectory().append(QUESTION)

@@ -105,7 +105,12 @@ class Engine:
             reserved_tokens=self.options.reserved_tokens, eos_token_ids=config.eos_token_ids,
             scope=self._devices.scope,
         )  # fmt: skip
-        self.caller = Caller(config, tokenizer, self._executor, self._registry, self.batcher, self.trajectory)
+        # Nothing in here refers back to the engine: caches go when the last reference to it goes.
+        self._new_trajectory = functools.partial(
+            Trajectory, self._cache, functools.partial(_encode, tokenizer), config.vocab_size, config.context_length,
+            self._trajectories,
+        )  # fmt: skip
+        self.caller = Caller(config, tokenizer, self._executor, self._registry, self.batcher, self._new_trajectory)
 
     # Making one.
 
@@ -251,9 +256,7 @@ class Engine:
 
     def trajectory(self) -> Trajectory:
         """An empty context that every agent can read and extend."""
-        return Trajectory(
-            self._cache, self._encode, self.config.vocab_size, self.config.context_length, self._trajectories
-        )
+        return self._new_trajectory()
 
     @overload
     def generate(
@@ -338,11 +341,6 @@ class Engine:
 
     # Inside.
 
-    def _encode(self, text: str, first: bool) -> list[int]:
-        if self.tokenizer is None:
-            raise InputError("this model came without a tokenizer: give token ids instead of text")
-        return self.tokenizer.encode(text, add_bos=first)
-
     def _num_low_rank_pages(self) -> int:
         """As the options say, or one for every base page and owner of low-rank pages."""
         loaded = self._registry.keys
@@ -392,6 +390,12 @@ class Engine:
             self.caller.room(trajectory)
             ids = trajectory.checked_ids(token_ids)
             return scoring.score(self._executor, trajectory, ids, self._registry.find(agent), started)
+
+
+def _encode(tokenizer: Tokenizer | None, text: str, first: bool) -> list[int]:
+    if tokenizer is None:
+        raise InputError("this model came without a tokenizer: give token ids instead of text")
+    return tokenizer.encode(text, add_bos=first)
 
 
 def _table_widths(widest: int) -> tuple[int, ...]:

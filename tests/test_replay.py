@@ -19,7 +19,7 @@ from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import Adapter, LoraWeights
 from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.react import ReactTrajectory, Step
-from lragent_jax.recording import Recording
+from lragent_jax.recording import OUTPUT_KINDS, Recording
 from lragent_jax.replay import replay
 from lragent_jax.sharing import SHARING_MODES, SharingMode, layers_to_recompute
 
@@ -179,8 +179,12 @@ def test_the_report_is_one_line_of_json_in_the_promised_form():
             "top1_agreement",
             "kl",
             "nll",
+            "by_kind",
         ]
         assert list(mode) == names
+        by_kind = mode.pop("by_kind")
+        assert set(by_kind) <= set(OUTPUT_KINDS)
+        assert all(math.isfinite(value) for of_kind in by_kind.values() for value in of_kind.values())
         assert all(math.isfinite(value) for value in mode.values())
         assert mode["ttft_s"] > 0
         assert mode["tokens_per_s"] > 0

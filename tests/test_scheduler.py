@@ -182,7 +182,7 @@ def check(result: StepPlan, running: list[RunningRequest], queue: list[Job], loo
     if result.preempted:
         assert result.preempted == (max(by_id),) != (min(by_id),)
         assert not result.admitted
-    chunks = {request.id: list(request.chunks) for request in running}
+    chunks = {request.id: list(request.chunks) for request in running if request.id not in result.preempted}
     chunks |= {job.id: list(job.chunks) for job in queue if job.id in result.admitted}
     used = 0
     for program in result.prefill:

@@ -202,7 +202,7 @@ def test_the_grid_of_the_full_study_and_its_order():
 
 def test_reduced_runs_have_fifty_questions_of_mixed_hops_and_two_lengths():
     cells = list(episode_cells([SHARED], ["none"], REDUCED, 0))
-    assert [(cell.tokens, cell.hops, cell.num_questions) for cell in cells] == [(300, None, 50), (600, None, 50)]
+    assert [(cell.tokens, cell.hops, cell.num_questions) for cell in cells] == [(250, None, 50), (500, None, 50)]
 
 
 def test_other_adapters_under_a_kinds_name_are_refused(bench, tmp_path):

@@ -30,7 +30,7 @@ DEMO = $(VENV)/.installed-$(DEMO_MODEL)-$(DEMO_MODEL_VERSION)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' $(MAKEFILE_LIST)
 
-demo: $(CORE) $(DEMO)  ## three trained agents answer questions, in five sharing modes
+demo: $(CORE) $(DEMO)  ## three trained agents answer questions, in four sharing modes
 	@$(BIN)/lragent demo $(ARGS)
 
 test: $(DEV)  ## the test suite

@@ -16,7 +16,7 @@ from lragent_jax.world.question import Question
 
 # What fits two minutes on two cores. `rebase` and `droidspeak` need programs of their own, which take as long again to
 # compile as they run: `scripts/study.py` has them.
-DEMO_MODES: tuple[SharingMode, ...] = ("none", "full", "base", "base_lr", "pre_lr")
+DEMO_MODES: tuple[SharingMode, ...] = ("none", "full", "base", "base_lr")
 
 _FILLER_ID = 0  # any token will do
 

@@ -10,7 +10,7 @@ from lragent_jax.cli.console import labelled, progress_bar
 _INTRODUCTION = """\
 Three agents (plan, action, reflect), each a LoRA adapter over SmolLM2-135M-Instruct, answer questions about a made-up
 world that their training never showed: they write freely, tools answer, and all of them read one growing context.
-They do so once in each of five sharing modes. Questions and tools are the same in all of them: what differs is how much
+They do so once in each of four sharing modes. Questions and tools are the same in all of them: what differs is how much
 each agent runs for itself, how much it reads from the cache that others filled, and what that makes of the answers.
 """
 
@@ -20,11 +20,11 @@ def demo(
     hops: Annotated[int, typer.Option(min=1, max=3, help="Facts that lead from a question to its answer.")] = 1,
     tokens: Annotated[
         int, typer.Option(min=1, help="Length of an episode, by paragraphs that nobody asked for.")
-    ] = 350,
+    ] = 250,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
     json: options.Json = False,
 ) -> None:
-    """Let trained agents answer questions in five sharing modes; under two minutes on two CPU cores."""
+    """Let trained agents answer questions in four sharing modes."""
     from lragent_jax import compilation_cache
     from lragent_jax.cli.demo_table import print_episode, print_table
     from lragent_jax.demo import run_demo

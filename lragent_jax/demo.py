@@ -14,8 +14,8 @@ from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import Sharing, SharingMode
 from lragent_jax.world.question import Question
 
-# What fits two minutes on two cores. `rebase` and `droidspeak` need programs of their own, which take as long again to
-# compile as they run: `scripts/study.py` has them.
+# What fits some two minutes on two cores. With one A-group `pre_lr` has the figures of `base_lr`; `rebase` and
+# `droidspeak` need programs of their own, which take as long again to compile as they run: `scripts/study.py` has them.
 DEMO_MODES: tuple[SharingMode, ...] = ("none", "full", "base", "base_lr")
 
 _FILLER_ID = 0  # any token will do

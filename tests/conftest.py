@@ -16,8 +16,8 @@ if "XLA_FLAGS" not in os.environ:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
-# Half of what tests compile, another test has compiled before, as often as not in another process. Whoever starts the
-# run makes the folder, processes that share the tests inherit it.
+# Much of what a test compiles, another one has compiled before, in this process or beside it. Whoever starts the run
+# makes the folder, processes that share the tests inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="lragent-jax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -32,8 +32,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_form_are_compiled_once():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (trainer, joint_trainer):
-            patch.setattr(module, "Programs", KeptPrograms)
+        patch.setattr(trainer, "Programs", KeptPrograms)
         yield
 
 

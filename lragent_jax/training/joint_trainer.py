@@ -14,19 +14,17 @@ from typing import Any
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
-from lragent_jax.models.folder import read_config, read_model
-from lragent_jax.models.weights import weight_dtype
+from lragent_jax.models.folder import read_config
 from lragent_jax.training.agent_run import Progress
 from lragent_jax.training.examples import file_hash
 from lragent_jax.training.joint_run import JointPlan, JointRun
 from lragent_jax.training.lora import Lora, from_adapter, initial_lora, of_agent, to_adapter, together
-from lragent_jax.training.mesh import current_mesh, num_data_parts, weight_shardings
+from lragent_jax.training.mesh import current_mesh, num_data_parts
 from lragent_jax.training.options import TrainingOptions
 from lragent_jax.training.packing import batch_shapes
-from lragent_jax.training.programs import Programs
 from lragent_jax.training.run_folder import RunFolder, check_agent_names
 from lragent_jax.training.starting_adapters import read_starting_adapters
-from lragent_jax.training.trainer import fingerprint, text_tokenizer
+from lragent_jax.training.trainer import begin, text_tokenizer
 from lragent_jax.training.trajectories import Trajectory, agents_of, read_trajectories, tokenize_trajectories
 
 _CHECKPOINTS = "joint"
@@ -71,26 +69,20 @@ def train_jointly(
         "model": dataclasses.asdict(config),
     }
     folder.check(settings)
-    mesh = current_mesh()
     progress(0, 0, "tokenising the trajectories")
-    plan = _plan(model, config, agents, training, held_out, options, num_data_parts(mesh))
+    plan = _plan(model, config, agents, training, held_out, options, num_data_parts(current_mesh()))
     shapes = batch_shapes(plan.packed)
     settings |= {
         "token_ids": plan.data_hash(),
         "rows_per_step": {str(length): shape.rows for length, shape in shapes.items()},
     }
     folder.check(settings)
-    dtype = weight_dtype(options.dtype)
-    config, graphdef, params = read_model(
-        model, dtype, weight_shardings(config, dtype, mesh),
-        lambda done, total, _: progress(done, total, "reading the model"),
-    )  # fmt: skip
-    folder.begin(settings | {"weights": fingerprint(params)})
+    programs = begin(folder, settings, model, config, options, progress)
     finished = {agent: result for agent in agents if (result := folder.finished(agent)) is not None}
     if len(finished) == len(agents):
         return finished
     run = JointRun(
-        Programs(config, graphdef, params, options), plan, shapes, options,
+        programs, plan, shapes, options,
         losses=folder.losses(None), checkpoints=folder.checkpoints(_CHECKPOINTS), progress=progress,
     )  # fmt: skip
     lora, results = run.run_jointly(_initial(config, options, agents, starting))

@@ -67,21 +67,14 @@ def train(
     starting = {} if init is None else read_starting_adapters(init, agents, config, options)
     settings = _settings(options, agents, validation, starting, config)
     folder.check(settings)
-    mesh = current_mesh()
-    plans = _plans(model, config, agents, validation, options, num_data_parts(mesh), progress)
+    plans = _plans(model, config, agents, validation, options, num_data_parts(current_mesh()), progress)
     shapes = batch_shapes([packed for plan in plans for packed in plan.packed])
     settings |= {
         "token_ids": {plan.agent: plan.data_hash() for plan in plans},
         "rows_per_step": {str(length): shape.rows for length, shape in shapes.items()},
     }
     folder.check(settings)
-    dtype = weight_dtype(options.dtype)
-    config, graphdef, params = read_model(
-        model, dtype, weight_shardings(config, dtype, mesh),
-        lambda done, total, _: progress(done, total, "reading the model"),
-    )  # fmt: skip
-    folder.begin(settings | {"weights": fingerprint(params)})
-    programs = Programs(config, graphdef, params, options)
+    programs = begin(folder, settings, model, config, options, progress)
 
     def run(plan: AgentPlan, shared: Lora) -> dict[str, Any]:
         agent, start = plan.agent, starting.get(plan.agent)
@@ -95,6 +88,24 @@ def train(
         return folder.finish(agent, adapter, config, options.alpha, base_model or str(model), figures)
 
     return _in_turn(plans, run, folder, config, options)
+
+
+def begin(
+    folder: RunFolder,
+    settings: dict[str, Any],
+    model: str | os.PathLike,
+    config: LlamaConfig,
+    options: TrainingOptions,
+    progress: Progress,
+) -> Programs:
+    """Reads the base onto the current mesh, and lets the folder say what is trained in it from now on."""
+    dtype = weight_dtype(options.dtype)
+    config, graphdef, params = read_model(
+        model, dtype, weight_shardings(config, dtype, current_mesh()),
+        lambda done, total, _: progress(done, total, "reading the model"),
+    )  # fmt: skip
+    folder.begin(settings | {"weights": _fingerprint(params)})
+    return Programs(config, graphdef, params, options)
 
 
 def _settings(
@@ -165,7 +176,7 @@ def text_tokenizer(model: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
-def fingerprint(params: Params) -> str:
+def _fingerprint(params: Params) -> str:
     """Of some of every weight: enough to tell two models of one shape apart."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):

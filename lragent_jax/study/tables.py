@@ -41,9 +41,9 @@ _KINDS = {
 }
 
 _JOINT_NOTE = """What shared_a loses under `base` and `base_lr` could be the cache's doing, or that of agents that
-never met, while they were trained, what others leave in a cache. joint is the test: base model, rank, targets, learning rate,
-text and number of epochs are those of shared_a (action and reflect saw more of the text), and what an agent reads while
-it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
+never met, while they were trained, what others leave in a cache. joint is the test: base model, rank, targets, learning
+rate, text and number of epochs are those of shared_a (action and reflect saw more of the text), and what an agent reads
+while it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
 
 _LIMITS = """## Limits
 

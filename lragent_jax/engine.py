@@ -33,7 +33,7 @@ from lragent_jax.scheduler import Limits, batch_size
 from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode, layers_to_recompute
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.trajectory import LiveTrajectories, Trajectory
-from lragent_jax.warmup import Warmup
+from lragent_jax.warmup import Warmup, WarmupTimes
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, what is going on), called from long work."""
@@ -343,7 +343,7 @@ class Engine:
         batch_sizes: Sequence[int] | None = None,
         max_tokens: int | None = None,
         scoring: bool = True,
-    ) -> None:
+    ) -> WarmupTimes:
         """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards.
 
         For less of them, where it is known what calls there will be: `batch_sizes` (those alone, each rounded up to a
@@ -352,7 +352,7 @@ class Engine:
         """
         sizes = [1 << i for i in range(batch_size(max_batch_size).bit_length())] if batch_sizes is None else batch_sizes
         with self.batcher.exclusive():
-            Warmup(self._executor, sizes, max_tokens, scoring)(progress)
+            return Warmup(self._executor, sizes, max_tokens, scoring)(progress)
 
     # Inside.
 

@@ -8,9 +8,10 @@ in the engine's own cache: calls find it as any call leaves it.
 import dataclasses
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +29,15 @@ Lower = Callable[[], jax.stages.Lowered]
 
 _MAX_THREADS = 8
 """Compilations at a time: each takes memory, on GPUs the device's too, and has threads of its own."""
+
+
+class WarmupTimes(NamedTuple):
+    """How many programs there are, and seconds: until all were lowered, then until all were compiled, then run once."""
+
+    num_programs: int
+    lower_s: float
+    compile_s: float
+    run_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Warmup:
             if shape.batch == 1 or shape.batch * num_tokens <= executor.token_budget
         ]
 
-    def __call__(self, progress: Progress | None = None) -> None:
+    def __call__(self, progress: Progress | None = None) -> WarmupTimes:
         programs = list(self.programs())
         total = len(programs) + len(self.prefills) + len(self.decodes) + 1
 
@@ -83,8 +93,8 @@ class Warmup:
             if progress:
                 progress(done, total, what)
 
-        compile_side_by_side(programs, show)
-        done = len(programs)
+        lower_s, compile_s = compile_side_by_side(programs, show)
+        started, done = time.perf_counter(), len(programs)
         for i, prefill in enumerate(self.prefills):
             show(done + i, f"first {prefill}")
             self._run_prefill(prefill)
@@ -93,7 +103,9 @@ class Warmup:
             show(done + i, f"first decode of {shape.batch} rows")
             self._executor.decode(self._blank_decode(shape), 1)
         self._executor.cache.warmup()
+        jax.block_until_ready(self._executor.cache.arrays)
         show(total, "ready")
+        return WarmupTimes(len(programs), lower_s, compile_s, time.perf_counter() - started)
 
     def programs(self) -> Iterator[tuple[str, Lower]]:
         """All but the few that compile in next to no time, by what they do; the longest to compile come first."""
@@ -147,21 +159,26 @@ class Warmup:
         return self._executor.blank_table(shape.batch, shape.width, shape.num_tables)
 
 
-def compile_side_by_side(programs: Sequence[tuple[str, Lower]], show: Callable[[int, str], None]) -> None:
+def compile_side_by_side(
+    programs: Sequence[tuple[str, Lower]], show: Callable[[int, str], None]
+) -> tuple[float, float]:
     """Compiles what each returns, several at a time; `show` is told how many are done, from this thread.
 
-    The functions of `jax.jit` whose `lower` that was find their programs when they are called. Raises what the first
-    compilation to fail raised.
+    The functions of `jax.jit` whose `lower` that was find their programs when they are called. Returns the seconds
+    until all were lowered, and from then on until all were compiled. Raises what the first compilation to fail raised.
     """
+    started = time.perf_counter()
     threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, _MAX_THREADS)), thread_name_prefix="compile")
     try:
         compiling = []
         for what, lower in programs:
             show(sum(program.done() for program in compiling), what)
             compiling.append(threads.submit(lower().compile))
+        lowered = time.perf_counter()
         for done, program in enumerate(as_completed(compiling)):
             program.result()
             show(done + 1, "compiling")
+        return lowered - started, time.perf_counter() - lowered
     finally:
         threads.shutdown(cancel_futures=True)
 

@@ -11,6 +11,8 @@ Regimes, one or several to a run; random weights and adapters (r = 8 on q and v)
 * `--memory`: cache bytes by number of agents, and trajectories that can be open, from the engine's own page accounting
   over one layer of the model's heads; a CPU will do.
 * `--peers`: transformers + PEFT in a process of its own, before JAX takes the device's memory.
+* `--ready`: how soon a fresh process answers a request, default options but for small pools; twice, with no compiled
+  programs on disk and with those of the first time.
 
 `--profile` adds when the device idles in a decode block. Floors are bytes over the copy bandwidth and FLOP over the
 bf16 matmul rate, both measured here. Runs in which anything was compiled do not count; JAX's compilation cache is on.
@@ -42,6 +44,7 @@ from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.bench_setting import BenchSetting, say
 from lragent_jax.measure.memory_bench import measure_memory
 from lragent_jax.measure.page_budget import device_bytes
+from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.targets import MAX, targets
 from lragent_jax.measure.timing import measure_device
 from lragent_jax.measure.trace_bench import PEER_CONTEXT, PEER_PREFILLS, measure_trace
@@ -87,6 +90,12 @@ def make_setting(arguments: argparse.Namespace) -> BenchSetting:
 
 def run_regimes(arguments: argparse.Namespace) -> Results:
     found: Results = {"peers": run_peers(arguments)} if arguments.peers else {}
+    if arguments.ready:
+        say("an engine from the start of its process on, twice …")
+        layers = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+        found["ready"] = {"preset": arguments.preset, "dtype": arguments.dtype} | measure_ready(
+            ["--preset", arguments.preset, "--rank", str(arguments.rank), "--dtype", arguments.dtype, *layers]
+        )
     if not (arguments.trace or arguments.batch or arguments.memory):
         return found
     setting = make_setting(arguments)
@@ -154,6 +163,16 @@ def memory_table(memory: Results) -> Table:
     return table
 
 
+def ready_table(ready: Results) -> Table:
+    warm = ready["warm"]
+    table = Table(title=f"{ready['preset']}, {warm['num_programs']} programs, {warm['device']}, {warm['cores']} cores")
+    for column in ("compiled programs", *(phase.removesuffix("_s") for phase in PHASES), "ready s"):
+        table.add_column(column, justify="right")
+    for name in ("cold", "warm"):
+        table.add_row(name, *(f"{ready[name][phase]:.1f}" for phase in (*PHASES, "ready_s")))
+    return table
+
+
 def target_table(results: Results) -> Table:
     table = Table(title="asked and reached")
     for column in ("what", "asked", "reached", ""):
@@ -174,6 +193,8 @@ def show(found: Results, together: Results) -> None:
         console.print(step_table({"the batch": found["batch"]}))
     if "memory" in found:
         console.print(memory_table(found["memory"]))
+    if "ready" in found:
+        console.print(ready_table(found["ready"]))
     console.print(target_table(together))
 
 
@@ -196,6 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=0, metavar="N", help="trajectories that are decoded together, 64 say")
     add("--memory", action="store_true", help="cache bytes by agents, and how many trajectories fit")
     add("--peers", action="store_true", help="transformers + PEFT on the same shapes")
+    add("--ready", action="store_true", help="how soon a fresh process answers, cold and warm")
     add("--profile", action="store_true", help="when the device idles in a decode block")
     add("--out", type=Path, help="JSON file to merge the results into")
     add("--plot", type=Path, metavar="FOLDER", help="draw agents-*.png from what --out holds; needs matplotlib")

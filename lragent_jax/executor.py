@@ -372,6 +372,15 @@ class Executor:
             counts.add(batch_size(len(self.registry.a_groups)))
         return sorted(counts)
 
+    @property
+    def skips_base(self) -> bool:
+        """Whether there are programs that write low-rank pages alone.
+
+        Where all agents share one A-group, tokens lack those alone only when they were evicted: rare enough to project
+        K and V for nothing, a few percent of the work, rather than to compile every prefill twice.
+        """
+        return self.sharing.skips_base and (self.sharing.mode == "base" or len(self.registry.a_groups) > 1)
+
     def run_prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
         """`generation.prefill` over the engine's caches: logits and hidden states."""
         args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base)
@@ -383,8 +392,7 @@ class Executor:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.prefill`."""
         args = (self.graphdef, self.params, self.registry.bank, self.cache.arrays, tokens, adapter_ids, table)
-        writes = write_base or not self.sharing.skips_base
-        return args, {"write_base": writes, "implementation": self.implementation}
+        return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""

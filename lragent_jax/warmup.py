@@ -78,7 +78,7 @@ class Warmup:
             for width in _widths(executor.widths(batch), max_tokens, executor.cache.page_size)
             for num_tables in executor.low_rank_table_counts()
         ]
-        write_base = (True, False) if executor.sharing.skips_base else (True,)
+        write_base = (True, False) if executor.skips_base else (True,)
         self.prefills = [
             Prefill(shape, num_tokens, writes)
             for shape, num_tokens, writes in itertools.product(self.decodes, executor.prefill_buckets, write_base)

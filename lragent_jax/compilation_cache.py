@@ -12,6 +12,9 @@ def enable(folder: str | os.PathLike | None = None) -> Path | None:
     `folder` defaults to `lragent_jax/xla` in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache). A cache that was
     configured already, be it by $JAX_COMPILATION_CACHE_DIR, stays as it is. Returns None, and changes nothing, where
     the folder cannot be made. Call it before anything is compiled.
+
+    Programs are kept however quickly they were compiled (JAX leaves out what took less than a second, of which an
+    engine has dozens), unless $JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
     """
     if configured := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return Path(configured)
@@ -21,6 +24,8 @@ def enable(folder: str | os.PathLike | None = None) -> Path | None:
     except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
 
 

@@ -39,25 +39,24 @@ class DeviceJit:
         return self._by_kind.get(device_kind(), self._by_kind[None])
 
     def __call__(self, *args, **kwargs) -> Any:
-        if is_sharded():
-            args = tuple(
-                arg if is_resident else _on_all_devices(arg)
-                for arg, is_resident in zip(args, self._is_resident, strict=False)
-            )
-        return self._jitted()(*args, **kwargs)
+        return self._jitted()(*self._moved(args, _on_all_devices), **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-        return self._jitted().lower(*args, **kwargs)
+        """The program that a call of such arguments runs; shapes and dtypes are enough, and nothing is moved."""
+        return self._jitted().lower(*self._moved(args, _as_on_all_devices), **kwargs)
+
+    def _moved(self, args: Sequence[Any], move: Callable[[Any], Any]) -> Sequence[Any]:
+        if not is_sharded():
+            return args
+        return [
+            arg if is_resident else move(arg) for arg, is_resident in zip(args, self._is_resident, strict=False)
+        ]  # fmt: skip
 
 
 def _on_all_devices(tree: Any) -> Any:
     """The tree with all of its arrays on the current mesh; those that are there stay where they are."""
     leaves, treedef = jax.tree.flatten(tree)
-    elsewhere = [
-        isinstance(leaf, np.ndarray | np.generic)
-        or (isinstance(leaf, jax.Array) and isinstance(leaf.sharding, SingleDeviceSharding))
-        for leaf in leaves
-    ]
+    elsewhere = [_is_elsewhere(leaf) for leaf in leaves]
     if not any(elsewhere):
         return tree
     everywhere = NamedSharding(jax.sharding.get_mesh(), WHOLE)
@@ -67,6 +66,22 @@ def _on_all_devices(tree: Any) -> Any:
     return treedef.unflatten(
         [next(moved) if is_moved else leaf for leaf, is_moved in zip(leaves, elsewhere, strict=True)]
     )
+
+
+def _as_on_all_devices(tree: Any) -> Any:
+    """What `_on_all_devices` returns, as shapes and dtypes."""
+    everywhere = NamedSharding(jax.sharding.get_mesh(), WHOLE)
+
+    def described(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) if _is_elsewhere(leaf) else leaf
+
+    return jax.tree.map(described, tree)
+
+
+def _is_elsewhere(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return isinstance(leaf.sharding, SingleDeviceSharding)
+    return isinstance(leaf, np.ndarray | np.generic) or getattr(leaf, "sharding", leaf) is None
 
 
 def device_kind() -> str:

@@ -29,10 +29,11 @@ from lragent_jax.options import EngineOptions, weight_dtype
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
 from lragent_jax.sampling_params import SamplingParams
-from lragent_jax.scheduler import Limits
+from lragent_jax.scheduler import Limits, batch_size
 from lragent_jax.sharing import BASE_MODEL, PageKey, Sharing, SharingMode, layers_to_recompute
 from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 from lragent_jax.trajectory import LiveTrajectories, Trajectory
+from lragent_jax.warmup import Warmup, WarmupTimes
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, what is going on), called from long work."""
@@ -334,10 +335,24 @@ class Engine:
             raise InputError("there is nothing to score: token_ids is empty")
         return self._score(trajectory, token_ids, agent)
 
-    def warmup(self, max_batch_size: int = 1, progress: Progress | None = None) -> None:
-        """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards."""
+    def warmup(
+        self,
+        max_batch_size: int = 1,
+        progress: Progress | None = None,
+        *,
+        batch_sizes: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        scoring: bool = True,
+    ) -> WarmupTimes:
+        """Compiles every program that calls of up to `max_batch_size` rows can need; nothing compiles afterwards.
+
+        For less of them, where it is known what calls there will be: `batch_sizes` (those alone, each rounded up to a
+        power of two), `max_tokens` of a context, and without `scoring` none of `score`, `score_output` and
+        `next_token_logits`.
+        """
+        sizes = [1 << i for i in range(batch_size(max_batch_size).bit_length())] if batch_sizes is None else batch_sizes
         with self.batcher.exclusive():
-            self._executor.warmup(max_batch_size, progress)
+            return Warmup(self._executor, sizes, max_tokens, scoring)(progress)
 
     # Inside.
 

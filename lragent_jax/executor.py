@@ -2,8 +2,7 @@
 
 import collections
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,13 +12,13 @@ from lragent_jax import generation
 from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
 from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
-from lragent_jax.generation import NEVER, Slots
-from lragent_jax.models.cache_view import PageTable, RecomputedPages
+from lragent_jax.generation import NEVER, DecodeState, Slots
+from lragent_jax.models.cache_view import HostOrDevice, PageTable, RecomputedPages
 from lragent_jax.models.errors import OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.prefix_tree import Reused
-from lragent_jax.sampling import SamplingArrays, sampling_arrays
+from lragent_jax.sampling import SamplingArrays
 from lragent_jax.scheduler import batch_size
 from lragent_jax.sharing import PoolName, Sharing
 from lragent_jax.trajectory import Trajectory
@@ -99,7 +98,7 @@ class Executor:
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
     them and to a power of two, `max_batch_size` rows at most and in prefill `token_budget` tokens, so their number is
-    bounded and nothing compiles after `warmup`.
+    bounded and nothing compiles after a `Warmup`.
     """
 
     def __init__(
@@ -248,7 +247,7 @@ class Executor:
             _set_write_from(table, b, chunk.runs, chunk.write_from)
             adapter_ids[b] = _runner(chunk).bank_row
         write_base = any(chunk.write_from[0] < chunk.stop for chunk in chunks if chunk)
-        logits, hidden = self._prefill(tokens, adapter_ids, table, write_base)
+        logits, hidden = self.run_prefill(tokens, adapter_ids, table, write_base)
         for chunk in chunks:
             if chunk is not None:
                 _commit(chunk)
@@ -297,16 +296,25 @@ class Executor:
 
     def decode(self, batch: DecodeBatch, num_steps: int) -> jax.Array:
         """Up to `num_steps` more tokens per row, at most `decode_block`: [B, decode_block], -1 behind a row's end."""
-        state, kv_lens = generation.take(self.slots, batch.slot_ids)
-        out, state, table, self.cache.arrays = generation.decode(
+        args, options = self.decode_arguments(batch, *generation.take(self.slots, batch.slot_ids), num_steps)
+        out, state, table, self.cache.arrays = generation.decode(*args, **options)
+        self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
+        return out
+
+    def decode_arguments(
+        self, batch: DecodeBatch, state: DecodeState, kv_lens: HostOrDevice, num_steps: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of `generation.decode`, for rows that stand so in their slots."""
+        args = (
             self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, batch.sampling,
             batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
             np.int32(min(num_steps, self.decode_block)),
-            block=self.decode_block, write_without_adapter=self.sharing.writes_without_adapter,
-            implementation=self.implementation,
         )  # fmt: skip
-        self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
-        return out
+        return args, {
+            "block": self.decode_block,
+            "write_without_adapter": self.sharing.writes_without_adapter,
+            "implementation": self.implementation,
+        }
 
     def _padded_slots(self, slot_ids: Sequence[int | None], batch: int) -> np.ndarray:
         """Slot ids [B]; that of a row without one, and of padding, is out of range."""
@@ -317,8 +325,8 @@ class Executor:
     def _table(self, rows: Sequence[AdapterRuns], batch: int) -> PageTable:
         """The rows' pages, with lengths and write-from positions that run and write nothing yet."""
         width = max((len(run.pages) for row in rows for run in row.written), default=1)
-        width = bucket_for(max(width, 1), self.table_widths)
-        table = self._blank_table(batch, width, self._num_low_rank_tables(rows))
+        width = bucket_for(max(width, 1), self.widths(batch))
+        table = self.blank_table(batch, width, self._num_low_rank_tables(rows))
         for b, row in enumerate(rows):
             table.base[b, : len(row.base_run.pages)] = _indices(row.base_run)
             if table.recomputed is not None and row.recomputed_run is not None:
@@ -328,11 +336,14 @@ class Executor:
                 table.group_ids[g, b] = row.group_rows[g]
         return table
 
-    def blank_table(self, batch: int) -> PageTable:
-        """A table under which nothing runs, as wide as short contexts need."""
-        return self._blank_table(batch, self.table_widths[0], self._num_low_rank_tables([]))
+    def widths(self, batch: int) -> Sequence[int]:
+        """The widths of page tables that programs of so many rows are compiled for.
 
-    def _blank_table(self, batch: int, width: int, num_tables: int) -> PageTable:
+        Rows are compared column by column, each with each. One row is not: how wide its table is makes no difference.
+        """
+        return self.table_widths[-1:] if batch == 1 else self.table_widths
+
+    def blank_table(self, batch: int, width: int, num_tables: int) -> PageTable:
         """Host arrays to fill in; as they are, no row runs or writes anything."""
         layers = self.cache.recomputed_layers
         recomputed = RecomputedPages(np.zeros((batch, width), np.int32), np.full(batch, NEVER, np.int32), layers)
@@ -354,49 +365,38 @@ class Executor:
             return 0
         return 1 if all(len(row.low_rank_runs) <= 1 for row in rows) else batch_size(len(self.registry.a_groups))
 
-    def _prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
-        logits, hidden, self.cache.arrays = generation.prefill(
-            self.graphdef, self.params, self.registry.bank, self.cache.arrays, tokens, adapter_ids, table,
-            write_base=write_base or not self.sharing.skips_base, implementation=self.implementation,
-        )  # fmt: skip
+    def low_rank_table_counts(self) -> Sequence[int]:
+        """All that `_num_low_rank_tables` returns."""
+        counts = {self._num_low_rank_tables([])}
+        if self.cache.low_rank_ranks and self.sharing.writes_other_groups:
+            counts.add(batch_size(len(self.registry.a_groups)))
+        return sorted(counts)
+
+    @property
+    def skips_base(self) -> bool:
+        """Whether there are programs that write low-rank pages alone.
+
+        Where all agents share one A-group, tokens lack those alone only when they were evicted: rare enough to project
+        K and V for nothing, a few percent of the work, rather than to compile every prefill twice.
+        """
+        return self.sharing.skips_base and (self.sharing.mode == "base" or len(self.registry.a_groups) > 1)
+
+    def run_prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
+        """`generation.prefill` over the engine's caches: logits and hidden states."""
+        args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base)
+        logits, hidden, self.cache.arrays = generation.prefill(*args, **options)
         return logits, hidden
+
+    def prefill_arguments(
+        self, tokens, adapter_ids, table: PageTable, write_base: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of `generation.prefill`."""
+        args = (self.graphdef, self.params, self.registry.bank, self.cache.arrays, tokens, adapter_ids, table)
+        return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""
         return generation.unembed(self.graphdef, self.params, hidden)
-
-    def warmup(self, max_batch_size: int, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compiles every program that batches of up to `max_batch_size` rows can need, by running it on nothing."""
-        batches = [1 << i for i in range(batch_size(min(max_batch_size, self.max_batch_size)).bit_length())]
-        num_tables = {self._num_low_rank_tables([])}
-        if self.cache.low_rank_ranks and self.sharing.writes_other_groups:
-            num_tables.add(batch_size(len(self.registry.a_groups)))
-        shapes = list(itertools.product(batches, self.table_widths, sorted(num_tables)))
-        write_base = (True, False) if self.sharing.skips_base else (True,)
-        prefills = [
-            (shape, num_tokens, writes)
-            for shape, num_tokens, writes in itertools.product(shapes, self.prefill_buckets, write_base)
-            if shape[0] == 1 or shape[0] * num_tokens <= self.token_budget
-        ]
-        total = len(prefills) + len(shapes) + 1
-        for i, ((batch, width, tables), num_tokens, writes) in enumerate(prefills):
-            if progress:
-                progress(i, total, f"prefill of {batch} x {num_tokens}")
-            table = self._blank_table(batch, width, tables)
-            logits, hidden = self._prefill(
-                np.zeros((batch, num_tokens), np.int32), np.zeros(batch, np.int32), table, writes
-            )
-            if batch == 1:
-                self.unembed(hidden)
-            self.begin(logits, [], [], sampling_arrays([], [], (), batch), [])
-        for i, (batch, width, tables) in enumerate(shapes):
-            if progress:
-                progress(len(prefills) + i, total, f"decode of {batch} rows")
-            empty = self.decode_batch([], [], sampling_arrays([], [], (), batch), batch)
-            self.decode(dataclasses.replace(empty, table=self._blank_table(batch, width, tables)), 1)
-        self.cache.warmup()
-        if progress:
-            progress(total, total, "ready")
 
 
 def _padded(values: Sequence[int], batch: int) -> np.ndarray:

@@ -31,7 +31,7 @@ class EngineOptions:
         pages of `none`; by default `num_pages` for every adapter that is loaded, or that `max_adapters` makes room
         for. Like the base pool it does not grow with adapters that are loaded later.
       max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
-        targets that some adapter has, compile nothing anew unless they bring an A-group and the low-rank pool grows.
+        targets that some adapter has, compile nothing anew unless they bring an A-group.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.
       prefix_cache: whether pages stay when their trajectory has closed, for every context that begins with the same
         token ids, until a call needs them.

@@ -205,8 +205,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
-    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, *args, **kwargs):
-        attended, cache = self.attention(self.attention_norm(x), cache, adapters, *args, **kwargs)
+    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, **kwargs):
+        inv_freq = inverse_frequencies(self.attention.config)
+        attended, cache = self.attention(self.attention_norm(x), cache, adapters, table, rope, inv_freq, **kwargs)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x), adapters), cache
 
@@ -214,6 +215,22 @@ class Block(nnx.Module):
         """The same over packed rows, without a cache."""
         x = x + self.attention.packed(self.attention_norm(x), adapters, *args)
         return x + self.mlp(self.mlp_norm(x), adapters)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"))
+def run_block(graphdef: nnx.GraphDef, params: nnx.State, *args, **kwargs):
+    """A block as a function of its weights: layers of one shape are traced and lowered once, and inlined by XLA."""
+    return nnx.merge(graphdef, params)(*args, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "implementation", "saveable"))
+def run_packed_block(graphdef: nnx.GraphDef, params: nnx.State, x, adapters, rope, mask, implementation, saveable):
+    """The same over packed rows; what `saveable` does not allow to be kept is computed again in a backward pass."""
+
+    def run(params: nnx.State, x, adapters, rope, mask):
+        return nnx.merge(graphdef, params).packed(x, adapters, rope, mask, implementation)
+
+    return jax.checkpoint(run, policy=saveable)(params, x, adapters, rope, mask)
 
 
 class Llama(nnx.Module):
@@ -246,8 +263,7 @@ class Llama(nnx.Module):
         pages are written then. Returns normalised hidden states in the parameters' dtype (those of padding mean
         nothing) and the caches with the tokens in them.
         """
-        inv_freq = inverse_frequencies(self.config)
-        rope = rotation(table.positions(tokens.shape[1]), inv_freq)
+        rope = rotation(table.positions(tokens.shape[1]), inverse_frequencies(self.config))
         x = look_up(self.embed[...], tokens)
         written = []
         for i, block in enumerate(self.layers):
@@ -257,8 +273,8 @@ class Llama(nnx.Module):
                 low_rank_k=None if low_rank_cache.k is None else low_rank_cache.k[i],
             )
             adapters = LayerAdapters(pairs=bank.layers[i], group_of=bank.group_of, adapter_ids=adapter_ids)
-            x, cache = block(
-                x, cache, adapters, table.of_layer(i), rope, inv_freq,
+            x, cache = run_block(
+                *nnx.split(block), x, cache, adapters, table.of_layer(i), rope,
                 write_base=write_base, implementation=implementation,
             )  # fmt: skip
             written.append(cache)
@@ -293,8 +309,7 @@ class Llama(nnx.Module):
         x = look_up(self.embed[...], rows.tokens)
         for block, of_layer in zip(self.layers, pairs, strict=True):
             adapters = LayerAdapters(pairs=of_layer, group_of={}, adapter_ids=rows.adapter_ids)
-            run = jax.checkpoint(block.packed, policy=saveable, static_argnums=(4,))
-            x = run(x, adapters, rope, mask, implementation)
+            x = run_packed_block(*nnx.split(block), x, adapters, rope, mask, implementation, saveable)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*positions D"]) -> Float[Array, "*positions V"]:

@@ -11,6 +11,8 @@ Regimes, one or several to a run; random weights and adapters (r = 8 on q and v)
 * `--memory`: cache bytes by number of agents, and trajectories that can be open, from the engine's own page accounting
   over one layer of the model's heads; a CPU will do.
 * `--peers`: transformers + PEFT in a process of its own, before JAX takes the device's memory.
+* `--ready`: how soon a fresh process answers a request, default options but for small pools; twice, with no compiled
+  programs on disk and with those of the first time.
 
 `--profile` adds when the device idles in a decode block. Floors are bytes over the copy bandwidth and FLOP over the
 bf16 matmul rate, both measured here. Runs in which anything was compiled do not count; JAX's compilation cache is on.
@@ -43,6 +45,7 @@ from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.bench_setting import BenchSetting, say
 from lragent_jax.measure.memory_bench import measure_memory
 from lragent_jax.measure.page_budget import device_bytes
+from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.targets import MAX, targets
 from lragent_jax.measure.timing import measure_device
 from lragent_jax.measure.trace_bench import PEER_CONTEXT, PEER_PREFILLS, measure_trace
@@ -90,6 +93,13 @@ def run_regimes(arguments: argparse.Namespace, keep: Callable[[Results], None]) 
     """Hands `keep` what was found, regime by regime, of a trace mode by mode: a run that is cut off loses little."""
     if arguments.peers:
         keep({"peers": run_peers(arguments)})
+    if arguments.ready:
+        say("an engine from the start of its process on, twice …")
+        layers = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+        ready = measure_ready(
+            ["--preset", arguments.preset, "--rank", str(arguments.rank), "--dtype", arguments.dtype, *layers]
+        )
+        keep({"ready": {"preset": arguments.preset, "dtype": arguments.dtype} | ready})
     if not (arguments.trace or arguments.batch or arguments.memory):
         return
     setting = make_setting(arguments)
@@ -159,6 +169,16 @@ def memory_table(memory: Results) -> Table:
     return table
 
 
+def ready_table(ready: Results) -> Table:
+    warm = ready["warm"]
+    table = Table(title=f"{ready['preset']}, {warm['num_programs']} programs, {warm['device']}, {warm['cores']} cores")
+    for column in ("compiled programs", *(phase.removesuffix("_s") for phase in PHASES), "ready s"):
+        table.add_column(column, justify="right")
+    for name in ("cold", "warm"):
+        table.add_row(name, *(f"{ready[name][phase]:.1f}" for phase in (*PHASES, "ready_s")))
+    return table
+
+
 def target_table(results: Results) -> Table:
     table = Table(title="asked and reached")
     for column in ("what", "asked", "reached", ""):
@@ -179,6 +199,8 @@ def show(found: Results, together: Results) -> None:
         console.print(step_table({"the batch": found["batch"]}))
     if "memory" in found:
         console.print(memory_table(found["memory"]))
+    if "ready" in found:
+        console.print(ready_table(found["ready"]))
     console.print(target_table(together))
 
 
@@ -201,6 +223,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=0, metavar="N", help="trajectories that are decoded together, 64 say")
     add("--memory", action="store_true", help="cache bytes by agents, and how many trajectories fit")
     add("--peers", action="store_true", help="transformers + PEFT on the same shapes")
+    add("--ready", action="store_true", help="how soon a fresh process answers, cold and warm")
     add("--profile", action="store_true", help="when the device idles in a decode block")
     add("--out", type=Path, help="JSON file to merge the results into")
     add("--plot", type=Path, metavar="FOLDER", help="draw agents-*.png from what --out holds; needs matplotlib")

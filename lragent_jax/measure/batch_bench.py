@@ -34,6 +34,7 @@ def measure_batch(model: BenchModel, setting: BenchSetting, rows: int, prefix: i
     engine = model.engine(
         "base_lr", batch_context(setting, context), **pools, prefill_buckets=buckets, **setting.engine_options()
     )
+    compiling = engine.warmup(batch_sizes=(1, rows), scoring=False)
     agents = [model.agents[i % len(model.agents)] for i in range(rows)]
     beginning = random_ids(engine, prefix)
     trajectories = [
@@ -50,7 +51,8 @@ def measure_batch(model: BenchModel, setting: BenchSetting, rows: int, prefix: i
     profile = profiled(engine, trajectories, agents, setting.steps) if setting.profile else None
     one = decode_step(engine, trajectories[:1], agents[:1], setting.steps, setting.repeats)
     say(f"{rows} rows: {together['ms']:.2f} ms per step, one: {one['ms']:.2f} ms; "
-        f"contexts read in {reading_s:.1f} s, compilation included")  # fmt: skip
+        f"contexts read in {reading_s:.1f} s; {compiling.num_programs} programs compiled or fetched in "
+        f"{compiling.lower_s + compiling.compile_s:.1f} s")  # fmt: skip
     cache_bytes = _left_for_caches(model, setting, context)
     result = {
         "rows": rows, "prefix": prefix, "context": together["context"], "ms": together["ms"],

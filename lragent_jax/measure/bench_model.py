@@ -33,9 +33,8 @@ class BenchModel:
             name: random_adapter(config, rank=rank, targets=TARGETS, seed=i, shared_a_seed=0 if shared_a else None)
             for i, name in enumerate(names)
         }
-        graphdef, params = random_params(config, jax.numpy.dtype(dtype))
-        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        self._weights = graphdef, params
+        self._graphdef, self.params = random_params(config, jax.numpy.dtype(dtype))
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     @property
     def agents(self) -> list[str]:
@@ -48,7 +47,7 @@ class BenchModel:
         """
         gc.collect()
         config = dataclasses.replace(self.config, context_length=context_length)
-        return Engine(config, *self._weights, self.adapters, sharing=mode, **options)
+        return Engine(config, self._graphdef, self.params, self.adapters, sharing=mode, **options)
 
 
 def narrow(config: LlamaConfig) -> LlamaConfig:

@@ -36,6 +36,7 @@ def targets(results: Results) -> list[Target]:
     found += _of_batch(results)
     found += _of_peers(results)
     found += _of_idle(results)
+    found += _of_ready(results)
     return found
 
 
@@ -132,3 +133,8 @@ def _of_idle(results: Results) -> Iterator[Target]:
     for name, profile in results.get("profile", {}).items():
         if "between_steps" in profile:
             yield Target(f"device idles between steps, {name}", MAX, 0.03, profile["between_steps"])
+
+
+def _of_ready(results: Results) -> Iterator[Target]:
+    if ready := results.get("ready"):
+        yield Target(f"seconds to ready, programs on disk, {ready['preset']}", MAX, 15.0, ready["warm"]["ready_s"])

@@ -1,0 +1,195 @@
+"""Every program that calls can need, compiled before the first of them: lowered one after another, compiled together.
+
+Python traces and lowers a program, which threads cannot share out; the compiler works without Python's lock, and so
+does reading what it left in the persistent cache. Then every program runs once on rows that read and write nothing,
+in the engine's own cache: calls find it as any call leaves it.
+"""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lragent_jax import generation
+from lragent_jax.chunks import bucket_for
+from lragent_jax.sampling import SamplingArrays, sampling_arrays
+from lragent_jax.scheduler import batch_size
+
+if TYPE_CHECKING:
+    from lragent_jax.executor import DecodeBatch, Executor
+
+Progress = Callable[[int, int, str], None]
+Lower = Callable[[], jax.stages.Lowered]
+
+_MAX_THREADS = 8
+"""Compilations at a time: each takes memory, on GPUs the device's too, and has threads of its own."""
+
+
+class WarmupTimes(NamedTuple):
+    """How many programs there are, and seconds: until all were lowered, then until all were compiled, then run once."""
+
+    num_programs: int
+    lower_s: float
+    compile_s: float
+    run_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a batch is padded to: rows, columns of their page tables, and low-rank tables that they may write."""
+
+    batch: int
+    width: int
+    num_tables: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """One program: so many tokens of every row, that write base pages or only low-rank ones."""
+
+    shape: Shape
+    num_tokens: int
+    write_base: bool
+
+    def __str__(self) -> str:
+        return f"prefill of {self.shape.batch} x {self.num_tokens}"
+
+
+class Warmup:
+    """The programs of batches of these sizes, over contexts of at most `max_tokens` (by default the model's longest).
+
+    Without `scoring` those are left out that only scoring a recorded output takes.
+    """
+
+    def __init__(
+        self, executor: "Executor", batch_sizes: Sequence[int], max_tokens: int | None = None, scoring: bool = True
+    ):
+        self._executor, self._scoring = executor, scoring
+        batches = sorted({batch_size(min(size, executor.max_batch_size)) for size in batch_sizes})
+        self.decodes = [
+            Shape(batch, width, num_tables)
+            for batch in batches
+            for width in _widths(executor.widths(batch), max_tokens, executor.cache.page_size)
+            for num_tables in executor.low_rank_table_counts()
+        ]
+        write_base = (True, False) if executor.skips_base else (True,)
+        self.prefills = [
+            Prefill(shape, num_tokens, writes)
+            for shape, num_tokens, writes in itertools.product(self.decodes, executor.prefill_buckets, write_base)
+            if shape.batch == 1 or shape.batch * num_tokens <= executor.token_budget
+        ]
+
+    def __call__(self, progress: Progress | None = None) -> WarmupTimes:
+        programs = list(self.programs())
+        total = len(programs) + len(self.prefills) + len(self.decodes) + 1
+
+        def show(done: int, what: str) -> None:
+            if progress:
+                progress(done, total, what)
+
+        lower_s, compile_s = compile_side_by_side(programs, show)
+        started, done = time.perf_counter(), len(programs)
+        for i, prefill in enumerate(self.prefills):
+            show(done + i, f"first {prefill}")
+            self._run_prefill(prefill)
+        done += len(self.prefills)
+        for i, shape in enumerate(self.decodes):
+            show(done + i, f"first decode of {shape.batch} rows")
+            self._executor.decode(self._blank_decode(shape), 1)
+        self._executor.cache.warmup()
+        jax.block_until_ready(self._executor.cache.arrays)
+        show(total, "ready")
+        return WarmupTimes(len(programs), lower_s, compile_s, time.perf_counter() - started)
+
+    def programs(self) -> Iterator[tuple[str, Lower]]:
+        """All but the few that compile in next to no time, by what they do; the longest to compile come first."""
+        for shape in self.decodes:
+            yield f"decode of {shape.batch} rows", lambda shape=shape: self._lower_decode(shape)
+        for batch in sorted({shape.batch for shape in self.decodes}):
+            yield f"sampling of {batch} rows", lambda batch=batch: self._lower_begin(batch)
+        for prefill in self.prefills:
+            yield str(prefill), lambda prefill=prefill: self._lower_prefill(prefill)
+        for num_tokens in self._executor.prefill_buckets if self._scoring else ():
+            yield f"scores of {num_tokens} tokens", lambda num_tokens=num_tokens: self._lower_unembed(num_tokens)
+
+    def _lower_prefill(self, prefill: Prefill) -> jax.stages.Lowered:
+        args, options = self._executor.prefill_arguments(*self._blank_prefill(prefill))
+        return generation.prefill.lower(*args, **options)
+
+    def _lower_decode(self, shape: Shape) -> jax.stages.Lowered:
+        blank = self._blank_decode(shape)
+        state, kv_lens = generation.take(self._executor.slots, blank.slot_ids)
+        args, options = self._executor.decode_arguments(blank, state, kv_lens, 1)
+        return generation.decode.lower(*args, **options)
+
+    def _lower_begin(self, batch: int) -> jax.stages.Lowered:
+        logits = jax.ShapeDtypeStruct((batch, self._executor.cache.config.vocab_size), np.float32)
+        zeros = np.zeros(batch, np.int32)
+        return generation.begin.lower(self._executor.slots, logits, _blank_sampling(batch), zeros, zeros, zeros)
+
+    def _lower_unembed(self, num_tokens: int) -> jax.stages.Lowered:
+        executor = self._executor
+        hidden = jax.ShapeDtypeStruct((1, num_tokens, executor.cache.config.width), executor.cache.dtype)
+        return generation.unembed.lower(executor.graphdef, executor.params, hidden)
+
+    def _run_prefill(self, prefill: Prefill) -> None:
+        executor, batch = self._executor, prefill.shape.batch
+        logits, hidden = executor.run_prefill(*self._blank_prefill(prefill))
+        executor.begin(logits, [], [], _blank_sampling(batch), [])
+        if batch == 1 and self._scoring:
+            # Not run: all scores of the longest chunk would need gigabytes. On a mesh they lie where XLA has put them.
+            generation.unembed.lower(executor.graphdef, executor.params, hidden).compile()
+
+    def _blank_prefill(self, prefill: Prefill) -> tuple[Any, ...]:
+        batch = prefill.shape.batch
+        tokens = np.zeros((batch, prefill.num_tokens), np.int32)
+        return tokens, np.zeros(batch, np.int32), self._blank_table(prefill.shape), prefill.write_base
+
+    def _blank_decode(self, shape: Shape) -> "DecodeBatch":
+        empty = self._executor.decode_batch([], [], _blank_sampling(shape.batch), shape.batch)
+        return dataclasses.replace(empty, table=self._blank_table(shape))
+
+    def _blank_table(self, shape: Shape):
+        return self._executor.blank_table(shape.batch, shape.width, shape.num_tables)
+
+
+def compile_side_by_side(
+    programs: Sequence[tuple[str, Lower]], show: Callable[[int, str], None]
+) -> tuple[float, float]:
+    """Compiles what each returns, several at a time; `show` is told how many are done, from this thread.
+
+    The functions of `jax.jit` whose `lower` that was find their programs when they are called. Returns the seconds
+    until all were lowered, and from then on until all were compiled. Raises what the first compilation to fail raised.
+    """
+    started = time.perf_counter()
+    threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, _MAX_THREADS)), thread_name_prefix="compile")
+    try:
+        compiling = []
+        for what, lower in programs:
+            show(sum(program.done() for program in compiling), what)
+            compiling.append(threads.submit(lower().compile))
+        lowered = time.perf_counter()
+        for done, program in enumerate(as_completed(compiling)):
+            program.result()
+            show(done + 1, "compiling")
+        return lowered - started, time.perf_counter() - lowered
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _widths(widths: Sequence[int], max_tokens: int | None, page_size: int) -> Sequence[int]:
+    """Those that tables of contexts of so many tokens come in."""
+    if max_tokens is None:
+        return widths
+    widest = bucket_for(min(-(-max_tokens // page_size), widths[-1]), widths)
+    return [width for width in widths if width <= widest]
+
+
+def _blank_sampling(batch: int) -> SamplingArrays:
+    return sampling_arrays([], [], (), batch)

@@ -1,0 +1,182 @@
+"""Warming up: which programs, each compiled once, several at a time; and layers that share one trace."""
+
+import collections
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engines import CONFIG, agents, tiny_engine
+from flax import nnx
+from jax import monitoring
+
+from lragent_jax import generation
+from lragent_jax.engine import Engine
+from lragent_jax.models.adapter_bank import LoraPair
+from lragent_jax.models.llama import Block, random_params
+from lragent_jax.models.packed_rows import PackedRows
+from lragent_jax.warmup import Warmup, compile_side_by_side
+
+
+@pytest.fixture
+def compilations():
+    """The names of the threads that compile, by what they compile."""
+    found = collections.defaultdict(list)
+
+    def listen(event: str, seconds: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            found[about["fun_name"].removeprefix("jit(").removesuffix(")")].append(threading.current_thread().name)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    monitoring.unregister_event_duration_listener(listen)
+
+
+def test_every_program_is_compiled_once_in_threads_and_none_where_it_runs(compilations):
+    engine = tiny_engine("none", num_pages=73, prefill_buckets=(8,))  # programs that no other test has
+    times = engine.warmup()
+    names = {"prefill": 1, "decode": 1, "begin": 1, "unembed": 1}
+    assert times.num_programs == 4
+    assert {name: len(compilations[name]) for name in names} == names
+    assert all(thread.startswith("compile") for name in names for thread in compilations[name])
+    assert min(times[1:]) >= 0
+    compilations.clear()
+    engine.generate([[1, 2, 3]] * 2, "plan", max_new_tokens=2)
+    assert len(compilations["decode"]) == 1, "it notices a program that is missing"
+
+
+def warmup(engine, batch_sizes=(1,), **options) -> Warmup:
+    return Warmup(engine._executor, batch_sizes, **options)
+
+
+def test_what_a_warm_up_leaves_out():
+    def prefills(warmup: Warmup) -> list[tuple[int, int, bool]]:
+        return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills]
+
+    engine = tiny_engine("base", prefill_tokens=64)
+    both = [(1, 8, True), (1, 8, False), (1, 32, True), (1, 32, False)]
+    assert prefills(warmup(engine)) == both
+    of_three = [(4, 8, True), (4, 8, False)]  # 4 x 32 are more than the budget
+    assert prefills(warmup(engine, (1, 3))) == both + of_three
+    assert [shape.batch for shape in warmup(engine, (1, 2, 64, 1000)).decodes] == [1, 2, 64]
+    assert sum(what.startswith("scores") for what, _ in warmup(engine).programs()) == 2
+    assert not any(what.startswith("scores") for what, _ in warmup(engine, scoring=False).programs())
+    one_group = {name: agents()[name] for name in ("plan", "action")}
+    assert prefills(warmup(tiny_engine("base_lr", one_group))) == [(1, 8, True), (1, 32, True)]
+    of_other_groups = prefills(warmup(tiny_engine("base_lr")))
+    assert of_other_groups == both + both  # two groups: low-rank pages alone, and those of both at a time
+
+
+def test_tables_are_as_wide_as_contexts_and_one_row_needs_one_width():
+    engine = tiny_engine("none")
+    engine._executor.table_widths = (16, 64, 256)
+
+    def widths(*args, **options) -> list[tuple[int, int]]:
+        return [(shape.batch, shape.width) for shape in warmup(engine, *args, **options).decodes]
+
+    assert widths((1, 2)) == [(1, 256), (2, 16), (2, 64), (2, 256)]
+    assert widths((1, 2), max_tokens=16 * 8) == [(1, 256), (2, 16)]
+    assert widths((2,), max_tokens=16 * 8 + 1) == [(2, 16), (2, 64)]
+    assert widths((2,), max_tokens=10**9) == [(2, 16), (2, 64), (2, 256)]
+    rows = [engine._executor.open_row(engine.trajectory().append([1, 2]), engine._registry.find("plan"))] * 2
+    assert engine._executor.decode_table(rows[:1]).base.shape == (1, 256)
+    assert engine._executor.decode_table(rows).base.shape == (2, 16)
+
+
+def test_one_group_rebuilds_low_rank_pages_alone_without_a_program_for_it():
+    adapters = {name: agents()[name] for name in ("plan", "action")}
+    engine = tiny_engine("base_lr", adapters)
+    trajectory = engine.trajectory().append(range(40))
+    want = engine.next_token_logits(trajectory, "plan")
+    row = engine._executor.open_row(trajectory, engine._registry.find("plan"))
+    (low_rank,), held = row.low_rank_runs, [np.array(pool) for pool in engine._cache.arrays.base.kv]
+    low_rank.give_up(range(len(low_rank.pages)))
+    assert low_rank.missing(40) == [(0, 40)]
+    assert row.base_run.missing(40) == []
+    engine._cache.arrays = dataclasses.replace(  # what was on the pages that are gone must not be what is found
+        engine._cache.arrays, low_rank=jax.tree.map(jnp.zeros_like, engine._cache.arrays.low_rank)
+    )
+    np.testing.assert_array_equal(engine.next_token_logits(trajectory, "plan"), want)
+    for before, after in zip(held, engine._cache.arrays.base.kv, strict=True):
+        np.testing.assert_array_equal(np.asarray(after), before)
+
+
+class Fake:
+    """Stands for a lowered program."""
+
+    def __init__(self, compile):
+        self.compile = compile
+
+
+def test_compilations_meet_each_other_and_progress_is_told_from_one_thread():
+    meeting = threading.Barrier(2, timeout=60)
+    told = []
+    compile_side_by_side(
+        [(name, lambda: Fake(meeting.wait)) for name in "ab"],
+        lambda done, what: told.append((done, what, threading.current_thread())),
+    )
+    assert told[0] == (0, "a", threading.current_thread())
+    assert [done for done, _, _ in told[-2:]] == [1, 2]
+    assert {thread for _, _, thread in told} == {threading.current_thread()}
+
+
+def test_what_a_compiler_raises_is_raised_and_the_rest_is_not_begun():
+    begun, may_go = [], threading.Event()
+
+    def fails():
+        raise MemoryError("too large")
+
+    def waits():
+        may_go.wait(60)
+
+    programs = [("fails", lambda: Fake(fails))]
+    programs += [(f"waits {i}", lambda: Fake(lambda: (begun.append(1), waits()))) for i in range(100)]
+    done = threading.Timer(0.5, may_go.set)
+    done.start()
+    with pytest.raises(MemoryError, match="too large"):
+        compile_side_by_side(programs, lambda done, what: None)
+    assert len(begun) < 100
+
+
+FIVE_LAYERS = dataclasses.replace(CONFIG, num_layers=5)
+
+
+def count_calls(monkeypatch, name: str) -> list:
+    calls, original = [], getattr(Block, name)
+
+    def counting(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Block, name, counting)
+    return calls
+
+
+def test_layers_share_one_trace_and_one_function(monkeypatch):
+    calls = count_calls(monkeypatch, "__call__")
+    engine = Engine(FIVE_LAYERS, *random_params(FIVE_LAYERS, "float32"), {}, sharing="none", num_pages=29, page_size=8)
+    executor = engine._executor
+    table = executor.blank_table(1, executor.widths(1)[0], 0)
+    args, options = executor.prefill_arguments(np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True)
+    text = generation.prefill.lower(*args, **options).as_text()
+    assert len(calls) == 1
+    assert text.count("func.func private @run_block") == 1
+    assert text.count("call @run_block(") == 5
+
+
+@pytest.mark.parametrize("saveable", [None, jax.checkpoint_policies.dots_saveable])
+def test_layers_share_one_trace_in_training(monkeypatch, saveable):
+    calls = count_calls(monkeypatch, "packed")
+    graphdef, params = random_params(FIVE_LAYERS, "float32")
+    tokens = jnp.arange(7)[None]
+    rows = PackedRows(tokens, tokens, jnp.ones_like(tokens))
+    pair = LoraPair(jnp.ones((1, FIVE_LAYERS.width, 2)), jnp.ones((1, 2, FIVE_LAYERS.width)))
+
+    def loss(pairs):
+        return nnx.merge(graphdef, params).packed(rows, pairs, saveable=saveable).sum()
+
+    gradients = jax.eval_shape(jax.grad(loss), tuple({"q": pair} for _ in range(5)))
+    assert len(gradients) == 5
+    assert len(calls) == 1

@@ -390,6 +390,7 @@ class Batcher:
                 self._fail(request, error)
             return
         del opened[request.id]
+        entry.row.visit()
         self._running[request.id] = request
         self._waiting.remove(request)
         request.row, request.slot = entry.row, self._free_slots.pop()

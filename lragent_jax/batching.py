@@ -10,24 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.awaited_pages import pages_needed_next, pages_written
-from lragent_jax.executor import DecodeBatch, Executor, Row
+from lragent_jax.device_work import DeviceWork, InFlight
+from lragent_jax.executor import Executor, Row
+from lragent_jax.fair_lock import FairLock
 from lragent_jax.held_pages import add_pages, held_pages
 from lragent_jax.metrics import EngineMetrics, Metrics
 from lragent_jax.models.errors import AdapterError, OutOfPagesError
 from lragent_jax.paged_cache import Claim
 from lragent_jax.request import Request
-from lragent_jax.sampling import SamplingArrays, sampling_arrays
-from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, batch_size, plan_step
+from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, plan_step
 from lragent_jax.sharing import PoolName
 from lragent_jax.trajectory import LiveTrajectories
-
-_SHRINK = 8
-"""A decode batch is padded to as many rows as before until an eighth would do: programs and tables stay the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +36,12 @@ class _Opened:
     num_tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _InFlight:
-    """Tokens [B, steps] that the device is about to have, and whose they are: (request, its row then, row of B)."""
-
-    tokens: jax.Array
-    rows: list[tuple[Request, Row, int]]
-
-
 class Batcher:
     """The requests of one engine, and the steps that serve them.
 
     Whoever waits for a request drives: one thread at a time takes a step, which serves everybody, and the others sleep
-    until it is done. A step gives the device its next work before it reads the results of the step before: the device
-    never waits for the host.
+    until it is done. A step gives the device its next work before it reads the results of the step before; `DeviceWork`
+    says why, and when what is read.
 
     Everything with pages happens inside `exclusive`; `submit`, `defer` and `wake` may be called from anywhere.
     """
@@ -72,7 +61,7 @@ class Batcher:
         self._trajectories, self._limits, self._scope = trajectories, limits, scope
         # At least what the first step decodes, which is planned together with the admission.
         self._reserved_tokens = max(reserved_tokens, limits.decode_block)
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._work = DeviceWork(executor, eos_token_ids, scope)
         self.metrics = Metrics()
         self._ids = itertools.count()
         self._arrivals: collections.deque[Request] = collections.deque()
@@ -80,14 +69,12 @@ class Batcher:
         self._waiting: list[Request] = []  # by id
         self._running: dict[int, Request] = {}
         self._free_slots = list(range(limits.batch_size - 1, -1, -1))
-        self._in_flight: collections.deque[_InFlight] = collections.deque()
-        self._decode_key: tuple = ()
-        self._decode_batch: DecodeBatch | None = None
-        self._decode_size = 1
         self._num_losses = self._cache.num_losses
         self._stuck = False  # whether nobody can be admitted before something has changed
+        # Lies around the cache's lock, whose holder waits for nobody: a finalizer may want that in any thread.
+        self._section = FairLock()
         # C-level objects only: a finalizer may run while a thread is in the middle of them.
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._drivers: list[queue.SimpleQueue[None]] = []
 
     # Whoever calls.
@@ -99,7 +86,7 @@ class Batcher:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._arrivals or self._waiting or self._running or self._in_flight or self._deferred)
+        return bool(self._arrivals or self._waiting or self._running or self._work.has_results or self._deferred)
 
     def drive(self, done: Callable[[], bool]) -> None:
         """Steps for everybody, in turns with other threads that do so, until `done`; asked after every step."""
@@ -107,18 +94,24 @@ class Batcher:
         self._drivers.append(asleep)
         try:
             while not done():
-                if self.has_work and self._turn.acquire(blocking=False):
-                    try:
-                        with self.exclusive():
-                            self._step_or_restart()
-                    finally:
-                        self._turn.release()
-                        self.wake()
-                else:
+                if not (self.has_work and self._take_turn()):
                     asleep.get()
         finally:
             self._drivers.remove(asleep)
             self.wake()
+
+    def _take_turn(self) -> bool:
+        """Steps once, unless another thread is at it."""
+        try:  # before the lock is taken: Ctrl-C may come right behind that
+            if not self._turn.acquire(blocking=False):
+                return False
+            with self.exclusive():
+                self._step_or_restart()
+            return True
+        finally:
+            if self._turn._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
+                self._turn.release()
+                self.wake()
 
     def wake(self) -> None:
         """Lets every driver look again."""
@@ -129,11 +122,20 @@ class Batcher:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Pages and device to oneself; before that, what was left to do is done."""
-        is_inner = self._cache.lock.is_mine
-        with self._cache.lock, self._scope():
-            if not is_inner:
+        if self._is_inside:
+            with self._cache.lock, self._scope():
+                yield
+            return
+        with self._section:
+            self._work.dispatcher.wait()  # in front of the cache's lock, which a finalizer in its thread may want
+            with self._cache.lock, self._scope():
                 self._clean_up()
-            yield
+                yield
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether this thread may not wait: the collector runs somebody's finalizer in the middle of another call."""
+        return self._cache.lock.is_mine or self._work.dispatcher.is_current
 
     def defer(self, action: Callable[[], None]) -> None:
         """Has something done in the next exclusive section, whoever enters it."""
@@ -147,7 +149,7 @@ class Batcher:
         undisturbed and the next one begins with it.
         """
         self.defer(action)  # first: whoever is interrupted while it waits leaves it to others
-        if not self._cache.lock.is_mine:
+        if not self._is_inside:
             with self.exclusive():
                 pass
 
@@ -218,7 +220,7 @@ class Batcher:
 
     def _restart(self) -> None:
         """Something went wrong on the device: everybody goes on from the tokens that are here."""
-        self._in_flight.clear()
+        self._work.forget()
         for request in list(self._running.values()):
             self._suspend(request)
         self._free_slots = list(range(self._limits.batch_size - 1, -1, -1))  # an interrupt may have lost one
@@ -241,6 +243,10 @@ class Batcher:
 
     def _step_or_restart(self) -> None:
         try:
+            if (error := self._work.dispatcher.take_error()) is not None:
+                if self._running or any(request.num_admissions for request in self._waiting):
+                    raise error
+                self._work.forget()  # those whom it hit are gone
             self._step()
         except BaseException:  # Ctrl-C included: whoever drove has the error, the others their requests
             self._restart()
@@ -281,16 +287,15 @@ class Batcher:
             for left in opened.values():
                 self._close(left)
         self._stuck = self._stuck or (not is_full and not plan.admitted and bool(self._running))
-        num_in_flight = len(self._in_flight)
-        read = [self._prefill([self._running[id] for id in ids if id in self._running]) for ids in plan.prefill]
-        self._decode([self._running[id] for id in plan.decoded if id in self._running], plan.num_steps)
+        for ids in plan.prefill:
+            self._prefill([self._running[id] for id in ids if id in self._running])
+        if decoded := [self._running[id] for id in plan.decoded if id in self._running]:
+            self._work.decode(decoded, plan.num_steps, len(self._running))
         self.metrics.count_step(len(plan.decoded))
-        if read and read[-1] is not None and len(self._in_flight) == num_in_flight:
-            self._in_flight.append(_InFlight(read[-1], []))  # so that the host is one step ahead, not many
-        # What was given to the device now stays there; what came before is read, while the device goes on.
-        num_left = int(len(self._in_flight) > num_in_flight)
-        while len(self._in_flight) > num_left:
-            self._read(self._in_flight.popleft())
+        for result in self._work.results():
+            self._hand_out(result)
+        if not self._running:
+            self._work.shrink()
 
     def _by_id(self, id: int) -> Request:
         return self._waiting[bisect.bisect_left(self._waiting, id, key=lambda request: request.id)]
@@ -385,6 +390,7 @@ class Batcher:
                 self._fail(request, error)
             return
         del opened[request.id]
+        entry.row.visit()
         self._running[request.id] = request
         self._waiting.remove(request)
         request.row, request.slot = entry.row, self._free_slots.pop()
@@ -396,57 +402,17 @@ class Batcher:
 
     # Work for the device.
 
-    def _prefill(self, requests: list[Request]) -> jax.Array | None:
-        """Runs the next chunk of each; those for whom it is the last begin to decode. What the program returned."""
+    def _prefill(self, requests: list[Request]) -> None:
+        """Runs the next chunk of each."""
         if not requests:
-            return None
+            return
         rows = [request.row for request in requests if request.row is not None]
-        chunks = [row.chunks[request.next_chunk] for request, row in zip(requests, rows, strict=True)]
-        logits, _ = self._executor.run_chunks(rows, chunks)
-        for request, chunk in zip(requests, chunks, strict=True):
-            request.next_chunk += 1
-            self.metrics.count_prefill(request, chunk.num_tokens)
-        ended = [request for request in requests if not request.needs_prefill]
+        for request, row in zip(requests, rows, strict=True):
+            self.metrics.count_prefill(request, row.chunks[request.next_chunk].num_tokens)
+        ended = self._work.prefill(requests)
         if self._waiting or ended:
             self._executor.share(rows)
             self._stuck = False
-        if not ended:
-            return logits
-        index = [len(request.generated.token_ids) for request in requests]
-        tokens = self._executor.begin(
-            logits,
-            [None if request.needs_prefill else request.slot for request in requests],
-            [len(request.trajectory) for request in requests],
-            self._sampling(requests, logits.shape[0]),
-            index,
-        )
-        tokens.copy_to_host_async()
-        for request in ended:
-            request.state, request.num_dispatched = "decoding", len(request.generated.token_ids) + 1
-        rows_of = [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))]
-        self._in_flight.append(_InFlight(tokens, [entry for entry in rows_of if not entry[0].needs_prefill]))
-        return logits
-
-    def _decode(self, requests: list[Request], num_steps: int) -> None:
-        """Up to `num_steps` more tokens for each."""
-        if not requests:
-            return
-        size = batch_size(len(self._running))
-        self._decode_size = size if size * _SHRINK <= self._decode_size else max(size, self._decode_size)
-        rows = [request.row for request in requests if request.row is not None]
-        key = (self._decode_size, *((r.id, r.num_admissions, r.num_reserved) for r in requests))
-        if key != self._decode_key or self._decode_batch is None:
-            slots = [request.slot for request in requests if request.slot is not None]
-            sampling = self._sampling(requests, self._decode_size)
-            self._decode_batch = self._executor.decode_batch(rows, slots, sampling, self._decode_size)
-            self._decode_key = key
-        tokens = self._executor.decode(self._decode_batch, num_steps)
-        tokens.copy_to_host_async()
-        for request in requests:
-            request.num_dispatched = min(request.num_dispatched + num_steps, request.generated.max_new_tokens)
-        self._in_flight.append(
-            _InFlight(tokens, [(request, row, b) for b, (request, row) in enumerate(zip(requests, rows, strict=True))])
-        )
 
     def _grow(self, request: Request, num_steps: int, opened: dict[int, _Opened]) -> None:
         """Gets a row pages for its next tokens if it has none.
@@ -468,15 +434,11 @@ class Batcher:
                 else:
                     self._preempt(self._running[max(self._running)])
 
-    def _sampling(self, requests: Sequence[Request], batch: int) -> SamplingArrays:
-        limits = [request.generated.max_new_tokens for request in requests]
-        return sampling_arrays([request.params for request in requests], limits, self._eos_token_ids, batch)
-
     # Results.
 
-    def _read(self, result: _InFlight) -> None:
-        """Hands the tokens to those who still want them: whoever left or was preempted meanwhile does not."""
-        tokens = np.asarray(result.tokens) if result.rows else jax.block_until_ready(result.tokens)
+    def _hand_out(self, result: InFlight) -> None:
+        """Gives the tokens to those who still want them: whoever left or was preempted meanwhile does not."""
+        tokens = result.read()
         now = time.perf_counter()
         for request, row, b in result.rows:
             if request.row is not row:
@@ -496,5 +458,3 @@ class Batcher:
                 request.take_pieces(ends=True)
                 request.state = "finished"
             request.notify()
-        if not self._running:
-            self._decode_size, self._decode_batch = 1, None

@@ -27,7 +27,6 @@ EXTRA_TOKENS = 640
 
 _MOST_TOKENS = {"thought": 40, "tool": 6, "argument": 16, "verdict": 24}
 _STEP_TOKENS = sum(_MOST_TOKENS.values()) + 40  # and its labels, with reserve
-_FILLER_ID = 0  # any token will do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,7 @@ def run_episodes(
 
     `target_tokens`: the length that a right episode has in the end, brought about by paragraphs that nobody asked for,
     the same ones in every run; None adds none. `roles` maps plan, action and reflect to agents of other names (None:
-    the base model). All rows of a batch write the same kind of output at a time, so that every call is one static
-    batch; every call of a run has one padded batch size, so that few programs are compiled. The pool has to hold
+    the base model). All rows of a batch write the same kind of output at a time. The pool has to hold
     `num_pages(engine, target_tokens, batch_size)` base pages for every adapter that writes its own.
 
     Raises `InputError` before anything is run: no tokenizer, an unknown role or agent, a target that does not fit the
@@ -96,7 +94,6 @@ def run_episodes(
     count_tokens = TokenCounter(engine.tokenizer.encode)
     sampling = SamplingParams(temperature=temperature, seed=seed)
     batches = _even_batches(questions, batch_size)
-    padded_size = 1 << (max(map(len, batches)) - 1).bit_length()
     episodes: list[Episode] = []
     for batch in batches:
         with contextlib.ExitStack() as stack:
@@ -107,7 +104,7 @@ def run_episodes(
                 row = _Row(engine, stack.enter_context(engine.trajectory()), question, tools, limit)
                 row.begin_step(transcript.opening(question.text, padding.notes))
                 rows.append(row)
-            runner = _Runner(engine, agents, sampling, padded_size)
+            runner = _Runner(engine, agents, sampling)
             for num_done in runner.run(rows, max_steps):
                 if progress:
                     progress(len(episodes) + num_done, len(questions), f"episodes, step {runner.step} of {max_steps}")
@@ -129,10 +126,8 @@ def max_tokens(engine: Engine, target_tokens: int | None) -> int:
 
 
 def num_pages(engine: Engine, target_tokens: int | None, batch_size: int = 64) -> int:
-    """Pages that hold a batch of episodes under one key, those of rows that only fill the batch included."""
-    page_size = engine.cache_stats().page_size
-    padded_size = 1 << (batch_size - 1).bit_length()
-    return batch_size * -(-max_tokens(engine, target_tokens) // page_size) + padded_size
+    """Pages that hold a batch of episodes under one key."""
+    return batch_size * -(-max_tokens(engine, target_tokens) // engine.cache_stats().page_size)
 
 
 class _Row:
@@ -232,9 +227,9 @@ class _Row:
 class _Runner:
     """Takes the rows of one batch through their steps, all of them in the same phase."""
 
-    def __init__(self, engine: Engine, agents: Mapping[Role, str | None], sampling: SamplingParams, padded_size: int):
+    def __init__(self, engine: Engine, agents: Mapping[Role, str | None], sampling: SamplingParams):
         self.step = 0
-        self._engine, self._agents, self._sampling, self._padded_size = engine, agents, sampling, padded_size
+        self._engine, self._agents, self._sampling = engine, agents, sampling
 
     def run(self, rows: Sequence[_Row], max_steps: int) -> Iterator[int]:
         """Runs the batch to its end; yields how many rows have ended after every step."""
@@ -255,12 +250,8 @@ class _Runner:
         if not rows:
             return
         params = dataclasses.replace(self._sampling, max_new_tokens=_MOST_TOKENS[what], stop=(stop,))
-        # A batch that has shrunk is kept at its padded size by contexts of one token, which write one token.
-        num_fillers = max(self._padded_size // 2 + 1 - len(rows), 0) if self._padded_size > 1 else 0
-        prompts = [*(row.trajectory for row in rows), *([_FILLER_ID],) * num_fillers]
-        row_params = [params] * len(rows) + [SamplingParams(max_new_tokens=1)] * num_fillers
-        outputs = self._engine.generate(prompts, self._agents[role], row_params)
-        for row, output in zip(rows, outputs, strict=False):
+        outputs = self._engine.generate([row.trajectory for row in rows], self._agents[role], params)
+        for row, output in zip(rows, outputs, strict=True):
             then(row, row.take(role, output, stop))
 
 

@@ -70,6 +70,10 @@ class Row(AdapterRuns):
         """Lets other contexts with the same beginning have what is on its full pages."""
         self.trajectory.share()
 
+    def visit(self) -> None:
+        """Counts, for eviction, that the call begins to read."""
+        self.trajectory.visit(dict(zip(self.keys, self.written, strict=True)))
+
     def commit(self, start: int, stop: int) -> None:
         """Records that the row has written tokens [start, stop)."""
         for run in self.written:
@@ -174,6 +178,8 @@ class Executor:
             for row in rows:
                 row.give_up_reused()
             raise
+        for row in rows:
+            row.visit()
 
     def plan(self, row: Row, num_new_tokens: int) -> list[Claim]:
         """Sets the chunks that bring the row up to date, and returns what it will write with the new tokens.
@@ -295,7 +301,7 @@ class Executor:
         return table
 
     def decode(self, batch: DecodeBatch, num_steps: int) -> jax.Array:
-        """Up to `num_steps` more tokens per row, at most `decode_block`: [B, decode_block], -1 behind a row's end."""
+        """Up to `num_steps` (at most `decode_block`) tokens per row: [B, decode_block], -1 behind a row's end."""
         args, options = self.decode_arguments(batch, *generation.take(self.slots, batch.slot_ids), num_steps)
         out, state, table, self.cache.arrays = generation.decode(*args, **options)
         self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
@@ -308,7 +314,7 @@ class Executor:
         args = (
             self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, batch.sampling,
             batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
-            np.int32(min(num_steps, self.decode_block)),
+            np.int32(num_steps),
         )  # fmt: skip
         return args, {
             "block": self.decode_block,

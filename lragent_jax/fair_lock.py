@@ -22,8 +22,13 @@ class FairLock:
         if self.is_mine:
             self._lock.acquire()
             return self
-        with self._door:  # one waits for the lock, the others for the door, where whoever comes back waits, too
-            self._lock.acquire()
+        try:
+            with self._door:  # one waits for the lock, the others for the door, where whoever comes back waits, too
+                self._lock.acquire()
+        except BaseException:  # Ctrl-C, which may have come right behind the lock
+            if self.is_mine:
+                self._lock.release()
+            raise
         return self
 
     def __exit__(self, *exception) -> None:

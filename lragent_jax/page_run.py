@@ -47,6 +47,7 @@ class PageRun:
         self.pages: list[int] = []
         self.spans: list[Span] = []
         self.held: list[Interval] = []
+        self.num_losses = 0  # how often it may have lost tokens, or their record
 
     def missing(self, stop: int) -> list[Interval]:
         """The intervals of [0, stop) that are on no page."""
@@ -96,6 +97,7 @@ class PageRun:
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from `length` on and releases every page that holds none of the rest."""
+        self.num_losses += bool(self.spans) and self.spans[-1].stop > length
         self.spans = [_clipped(span, 0, length) for span in self.spans if span.start < length]
         self.held = intersection(self.held, [(0, length)])
         used = {index for start, stop in self.held for index in self._page_range(start, stop)}
@@ -134,6 +136,7 @@ class PageRun:
 
     def give_up(self, indices: Collection[int]) -> None:
         """Releases whole pages. The record stays, but for what nobody could write again."""
+        self.num_losses += 1
         lost = [(index * self.page_size, (index + 1) * self.page_size) for index in sorted(indices)]
         for index in indices:
             self.pool.release(self.pages[index])
@@ -151,6 +154,7 @@ class PageRun:
 
     def writer_unloaded(self, writer: str) -> None:
         """From now on nobody can write again what `writer` wrote: what is on no page is forgotten."""
+        self.num_losses += 1
         written = [(span.start, span.stop) for span in self.spans if span.writer == writer]
         kept = _without(self.spans, difference(written, self.held))
         self.spans = _joined(unrebuildable(span, writer) for span in kept)

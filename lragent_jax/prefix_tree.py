@@ -44,8 +44,14 @@ class PageNode:
             stack.extend(node.children.values())
 
 
-Path = list[PageNode]
-"""The nodes of a context's first pages, as far as they were found: where the next search begins."""
+class Path(list[PageNode]):
+    """The nodes of a context's first pages, as far as they were found: where the next search begins.
+
+    As far as `known` the tree has all pages of the context's runs, if those have had `num_losses` together and no more.
+    """
+
+    known: PageNode | None = None
+    num_losses = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,6 @@ class PrefixTree:
         back if nothing comes of it. Brings `path` up to date.
         """
         self._follow(path, token_ids)
-        now = self.clock()
         others: dict[PageKey, PageRun] = {}
         pages: dict[PageKey, dict[int, CachedPage]] = {key: {} for key in runs}
         records: dict[PageKey, list[Span]] = {}
@@ -108,10 +113,8 @@ class PrefixTree:
             if not _may_take(runs, node) or not _agree(others, node):
                 break
             for key, cached in node.pages.items():
-                if key in runs:
-                    cached.visits, cached.last_used = cached.visits + 1, now
-                    if runs[key].page(node.index) == HOLE:
-                        pages[key][node.index] = cached
+                if key in runs and runs[key].page(node.index) == HOLE:
+                    pages[key][node.index] = cached
             for key, spans in node.spans.items():
                 if key in runs or key in others:
                     records.setdefault(key, []).extend(spans)
@@ -123,19 +126,37 @@ class PrefixTree:
                 reused.append(Reused(run, list(found), before))
         return reused
 
+    def visit(self, path: Path, runs: Mapping[PageKey, PageRun]) -> None:
+        """A call has begun that reads these runs: eviction weighs the pages that they share with the tree by that."""
+        now = self.clock()
+        for node in path:
+            for key, run in runs.items():
+                if _same_page(run, node, key):
+                    cached = node.pages[key]
+                    cached.visits, cached.last_used = cached.visits + 1, now
+
     def insert(self, path: Path, token_ids: Sequence[int], runs: Mapping[PageKey, PageRun]) -> None:
         """Adds the full pages of a context's runs, and what they have on record; `path` grows with them."""
         self._follow(path, token_ids)
+        known, num_losses = path.known, sum(run.num_losses for run in runs.values())
         runs = dict(sorted(runs.items(), key=lambda entry: entry[0].pool != "base"))
-        for index in range(len(token_ids) // self.page_size):
+        held = {key for key, run in runs.items() if run.held}
+        if known is not None and not (
+            num_losses == path.num_losses
+            and known in path[known.index : known.index + 1]
+            and held <= known.pages.keys()
+        ):
+            known = None
+        path.num_losses = num_losses
+        for index in range(known.index + 1 if known else 0, len(token_ids) // self.page_size):
             node = path[index] if index < len(path) else None
             if node is not None and not _agree(runs, node):
-                return
+                break
             parent = path[index - 1] if index else self.root
             new = self._new_pages(runs, parent, index, {} if node is None else node.pages)
             if node is None:
                 if not new:
-                    return
+                    break
                 start = index * self.page_size
                 node = PageNode(parent, tuple(token_ids[start : start + self.page_size]))
                 parent.children[node.token_ids] = node
@@ -148,6 +169,9 @@ class PrefixTree:
                     continue
                 if recorded := with_unrecorded(node.spans.get(key, ()), run.page_spans(index)):
                     node.spans[key] = tuple(recorded)
+            if node.parent in (known, self.root) and held <= node.pages.keys():
+                known = node
+        path.known = known
 
     def remove(self, node: PageNode, key: PageKey) -> None:
         """Lets go of a page that no child has under its key; of a base page, with all that is read beside it."""

@@ -69,7 +69,7 @@ class Trajectory:
         self._vocab_size, self._context_length = vocab_size, context_length
         self._ids: list[int] = []
         self._runs: dict[PageKey, PageRun] = {}
-        self._path: Path = []
+        self._path = Path()
         self._reading: set[PageKey] = set()
         self.visits, self.last_used = 1, cache.prefixes.clock()
         self._extending = threading.Lock()
@@ -119,7 +119,7 @@ class Trajectory:
         """A second trajectory with the same tokens and pages; the first write to a shared page copies it."""
         with self.extending():
             other = Trajectory(self._cache, self._encode, self._vocab_size, self._context_length, self._live)
-            other._ids, other._path = list(self._ids), list(self._path)
+            other._ids, other._path = list(self._ids), Path(self._path)
             with self._cache.lock:
                 other._runs.update({key: run.fork() for key, run in self._runs.items()})
             return other
@@ -189,8 +189,12 @@ class Trajectory:
         `beside`: whether what is written under one key may rest on others. See `PrefixTree.reuse`.
         """
         self._reading = {*self._reading, *runs}
-        self.visits, self.last_used = self.visits + 1, self._cache.prefixes.clock()
         return self._cache.prefixes.reuse(self._path, self._ids, runs, self.run if beside else None)
+
+    def visit(self, runs: Mapping[PageKey, PageRun]) -> None:
+        """A call that reads these runs has begun; who waits for its turn does not count."""
+        self.visits, self.last_used = self.visits + 1, self._cache.prefixes.clock()
+        self._cache.prefixes.visit(self._path, runs)
 
     def share(self) -> None:
         """Lets others have the full pages of its runs; see `PrefixTree.insert`."""
@@ -250,6 +254,7 @@ class Trajectory:
         with self._cache.lock:
             for key in [key for key in self._runs if not keys_in_use(key)]:
                 self._runs.pop(key).truncate(0)
+                self._path.known = None
 
 
 def token_ids(piece: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:

@@ -110,6 +110,7 @@ class Replay:
             for start, stop in run.missing(length):
                 run.prepare(start, stop)
                 run.commit(start, stop, adapter.content)
+        self.tree.visit(path, runs)
         self.tree.insert(path, request.ids, runs)
         self.open.append(runs)
         if len(self.open) >= self.running:

@@ -108,9 +108,11 @@ def test_whoever_drives_drives_for_all_and_late_comers_join():
 def test_the_device_has_its_next_work_before_the_host_reads(monkeypatch):
     """And a lone prompt takes one program per chunk and one for its first token, which is read at once."""
     engine, log = engine_for("base_lr"), []
-    for name in ("run_chunks", "begin", "decode"):
+    for name in ("run_chunks", "begin"):
         monkeypatch.setattr(engine._executor, name, logged(log, name, getattr(engine._executor, name)))
-    monkeypatch.setattr(engine.batcher, "_read", logged(log, "read", engine.batcher._read))
+    dispatcher = engine.batcher._work.dispatcher
+    monkeypatch.setattr(dispatcher, "submit", logged(log, "decode", dispatcher.submit))
+    monkeypatch.setattr(engine.batcher, "_hand_out", logged(log, "read", engine.batcher._hand_out))
     engine.generate(QUESTION, "agent0", max_new_tokens=10)
     assert log == [
         *["run_chunks"] * 6, "begin", "decode", "read",

@@ -33,20 +33,19 @@ class ScriptedEngine:
         self._script = script
         self.config = dataclasses.replace(self._engine.config, context_length=context_length)
         self.tokenizer, self.agents = TOKENIZER, list(ROLES)
-        self.calls: list[tuple[str, int, int]] = []
+        self.calls: list[tuple[str, int]] = []
         self.trajectory, self.cache_stats = self._engine.trajectory, self._engine.cache_stats
         self.opened = []
 
     def generate(self, prompts, agent, params):
-        rows = [prompt for prompt in prompts if not isinstance(prompt, list)]
-        self.calls.append((agent, len(rows), len(prompts)))
+        self.calls.append((agent, len(prompts)))
         outputs = []
-        for trajectory, row_params in zip(rows, params, strict=False):
+        for trajectory in prompts:
             text = self._script(agent, TOKENIZER.decode(trajectory.token_ids))
-            ids = TOKENIZER.encode(text)[: row_params.max_new_tokens * 8]  # this vocabulary has short tokens
+            ids = TOKENIZER.encode(text)[: params.max_new_tokens * 8]  # this vocabulary has short tokens
             trajectory.append(ids)
             outputs.append(GenerationOutput(text, ids, "stop", 3, len(trajectory), 0.0, 0.0))
-        return outputs + [GenerationOutput("", [], "length", 1, 0, 0.0, 0.0)] * (len(prompts) - len(rows))
+        return outputs
 
 
 def run(script: Script, questions=QUESTIONS, context_length: int = 4096, **options):
@@ -92,7 +91,7 @@ def test_agents_that_write_what_the_oracle_writes_get_the_oracles_episode(target
         assert episode.num_outputs["plan"] == 2 * episode.num_outputs["action"] == 2 * episode.num_steps
         assert episode.num_outputs["reflect"] == 1
         assert episode.num_prefilled_tokens == {role: 3 * n for role, n in episode.num_outputs.items()}
-    assert {total for _, _, total in engine.calls} <= {3, 4}, "padded to four, always"
+    assert {num_rows for _, num_rows in engine.calls} <= {1, 2, 3}, "six are three and three"
 
 
 def test_a_wrong_answer_is_found_out():
@@ -193,15 +192,14 @@ def test_an_opening_that_does_not_fit_is_no_crash():
     assert engine.calls == []
 
 
-def test_batches_are_even_and_keep_their_padded_size():
+def test_batches_are_even_and_only_hold_who_has_something_to_say():
     questions = list(make_questions("evaluation", 11, 4))
-    _, engine = run(oracle(questions), questions, batch_size=8)
-    totals = [total for _, _, total in engine.calls]
-    assert engine.calls[0] == ("plan", 5, 5)
-    assert set(totals) <= {5, 6}, "rows that have ended are made up for while they would halve the batch"
-    assert any(rows < 5 for _, rows, _ in engine.calls)
+    found, engine = run(oracle(questions), questions, batch_size=8)
+    assert engine.calls[0] == ("plan", 5)
+    assert max(num_rows for _, num_rows in engine.calls) == 6
+    assert sum(num_rows for _, num_rows in engine.calls) == sum(sum(one.num_outputs.values()) for one in found)
     _, engine = run(oracle(QUESTIONS), batch_size=1)
-    assert {call[1:] for call in engine.calls} == {(1, 1)}
+    assert {num_rows for _, num_rows in engine.calls} == {1}
 
 
 def test_progress_counts_episodes():
@@ -214,7 +212,7 @@ def test_progress_counts_episodes():
 
 def test_roles_map_to_agents():
     _, engine = run(lambda agent, text: "", max_steps=1, roles={"plan": "reflect"})
-    assert {agent for agent, _, _ in engine.calls} == {"reflect"}
+    assert {agent for agent, _ in engine.calls} == {"reflect"}
 
 
 @pytest.mark.parametrize(
@@ -248,7 +246,7 @@ def test_pools_are_sized_for_the_longest_episodes():
     assert max_tokens(engine, None) == 4096
     assert max_tokens(engine, 1000) == 1000 + episodes.EXTRA_TOKENS
     assert max_tokens(engine, 3900) == 4096
-    assert num_pages(engine, 1000, 5) == 5 * -(-1640 // 16) + 8
+    assert num_pages(engine, 1000, 5) == 5 * -(-1640 // 16)
 
 
 def test_a_random_model_runs_to_the_end_wherever_it_stands_in_a_batch(monkeypatch):

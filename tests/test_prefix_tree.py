@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lragent_jax import prefix_tree
 from lragent_jax.eviction import choose_victims, recompute_flop, worth
 from lragent_jax.eviction import evict as evict_victims
 from lragent_jax.models.config import LlamaConfig
@@ -303,3 +304,38 @@ def test_any_history_is_consistent(operations):
     tree.drop(lambda key: False)
     assert not list(tree.nodes())
     assert all(pool.num_used == 0 for pool in pools.values())
+
+
+def test_what_the_tree_has_is_passed_over_until_something_is_lost(tree, pools, monkeypatch):
+    looked_at: list[int] = []
+    agree = prefix_tree._agree
+
+    def logged(runs, node) -> bool:
+        looked_at.extend([node.index] if runs else [])
+        return agree(runs, node)
+
+    monkeypatch.setattr(prefix_tree, "_agree", logged)
+    context = Context(tree, pools, [0, 1] * 6)
+    context.read()
+    for num_more, again in ((2, []), (0, []), (4, [])):
+        looked_at.clear()
+        context.ids += [1] * num_more
+        context.read()
+        tree.insert(context.path, context.ids, context.runs)
+        assert [index for index in looked_at if index < 6] == again
+    context.runs[BASE].writer_unloaded("plan")
+    looked_at.clear()
+    tree.insert(context.path, context.ids, context.runs)
+    assert looked_at[:1] == [0]
+
+
+def test_who_waits_does_not_make_pages_worth_more(tree, pools):
+    Context(tree, pools, IDS).read()
+    late = Context(tree, pools, IDS)
+    for _ in range(5):
+        for reused in tree.reuse(late.path, late.ids, late.runs):
+            reused.give_back()
+    assert {page.visits for page in tree.pages(pools["base"])} == {1}
+    tree.reuse(late.path, late.ids, late.runs)
+    tree.visit(late.path, late.runs)
+    assert {page.visits for page in tree.pages(pools["base"])} == {2}

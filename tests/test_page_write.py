@@ -58,7 +58,7 @@ CASES = (
     Case("decode: one row writes, one only reads", rows=((15, 16, 0, (0,)), (16, 17, NEVER, (NEVER,))), T=1),
     Case(
         "padding, pages that begin in the middle, two tables",
-        rows=((13, 18, 0, (0, 15)), (0, 2, 1, (NEVER, 0)), (-2, 4, 0, (2, 3)), (5, 5, 0, (0, 0))), T=7, r_k=16,
+        rows=((14, 18, 0, (0, 15)), (-1, 3, 1, (NEVER, 0)), (5, 5, 0, (0, 0))), T=5, N=4, r_k=16,
     ),
     Case("wide heads, no adapter on q, merged", rows=((30, 34, 32, ()),), T=5, H=128, p=32, r_v=0, delta=False),
     Case("only low-rank pages", rows=((1, 4, 0, (2,)),), T=3, N=4, K=4, base=False),
@@ -185,3 +185,108 @@ def test_the_kernel_puts_tokens_where_the_table_says_and_nowhere_else(case, few,
     pallas_mosaic_gpu.call.clear_cache()
     check(case, run(make(case), "pallas_mosaic_gpu"))
     assert "RACE" not in capsys.readouterr().out
+
+
+def test_a_token_of_padding_cannot_reach_a_page_even_by_a_wrong_slot():
+    """Slots outside of their pool write nothing, as those of -1."""
+    call = make(CASES[0])
+    slots = Slots(jnp.array([[2**30], [-5]], jnp.int32), jnp.array([[[-1], [2**30]]], jnp.int32))
+    angles = jnp.zeros((2, 1, 32))
+    pools = Pools(call.cache.kv, call.cache.low_rank_v)
+    _, got = page_write.rotate_and_write(call.projections, Rotation(angles, angles), call.low_rank, slots, pools)
+    for pool, before in zip(got[:2], pools[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(pool, np.float32), np.asarray(before, np.float32))
+
+
+def arguments(dtype="bfloat16", N=8, K=4, H=128, p=16, T=1, base=True) -> tuple:
+    def array(*shape, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, k = array(2, T, N, H), array(2, T, K, H) if base else None
+    angles = array(2, T, H // 2, dtype="float32")
+    low_rank, slots = LowRank(v=array(1, 2, T, 8)), Slots(array(2, T, dtype="int32"), array(1, 2, T, dtype="int32"))
+    return Projections(q, k, k), Rotation(angles, angles), low_rank, slots, Pools(array(9, K, p, 2 * H), array(9, 8, p))
+
+
+def shapes_of(implementations, args) -> list[tuple[int, ...]]:
+    def write(*args):
+        return page_write.rotate_and_write(*args, implementations=implementations)
+
+    return [x.shape for x in jax.tree.leaves(jax.eval_shape(write, *args))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"H": 96}, "head dim 96"),
+        ({"N": 9, "K": 3, "H": 64}, "9 and 3 heads of 64"),
+        ({"p": 256}, "page size 256"),
+        ({"T": 2**20}, "2097152 tokens"),
+    ],
+)
+def test_what_the_kernel_cannot_do_the_scatters_do(changes, reason):
+    args = arguments(**changes)
+    with pytest.raises(NotImplementedError, match=reason):
+        shapes_of(("pallas_mosaic_gpu",), args)
+    assert shapes_of(("pallas_mosaic_gpu", "xla"), args) == shapes_of(("xla",), args)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda new, pools, slots: (new._replace(v=None), pools, slots), "only one is given"),
+        (lambda new, pools, slots: (new._replace(k=new.q, v=new.q), pools, slots), "k and v have shapes"),
+        (lambda new, pools, slots: (new, pools._replace(low_rank_v=None), slots), "without a pool"),
+        (lambda new, pools, slots: (new, pools, slots._replace(low_rank=None)), "without slots"),
+        (lambda new, pools, slots: (new, pools._replace(low_rank_v=pools.kv[:, 0]), slots), "rank 16"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(change, reason):
+    args = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arg) for arg in arguments()]
+    new, pools, slots = change(args[0], args[4], args[3])
+    with pytest.raises(ValueError, match=reason):
+        page_write.rotate_and_write(new, args[1], args[2], slots, pools)
+
+
+def test_an_implementation_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="'triton'; there are"):
+        shapes_of(("triton",), arguments())
+    with pytest.raises(NotImplementedError, match="none was named"):
+        shapes_of((), arguments())
+
+
+def compiled_for_h100(program: str, batch: int, tokens: int):
+    config = LlamaConfig(
+        vocab_size=512, width=1024, mlp_width=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=128,
+        rope_theta=1e4, norm_eps=1e-5,
+    )  # fmt: skip
+    workload = Workload(
+        config=config, mesh=model_mesh(aot.h100().devices.flatten()), page_size=64, pages=700, width=64, rank=8,
+        batch=batch, tokens=tokens, implementation="pallas_mosaic_gpu",
+    )  # fmt: skip
+    compiled = workload.lower(program).compile()
+    return compiled, [pool for pools in workload.caches() for pool in pools]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("program", "batch", "tokens"), [("decode", 1, 1), ("decode", 8, 1), ("prefill", 1, 16), ("prefill", 1, 320)]
+)
+def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens):
+    compiled, pools = compiled_for_h100(program, batch, tokens)
+    text = compiled.as_text()
+    assert len(re.findall(r"custom-call\(.*rotate_and_write_h128", text)) == 2
+    assert not re.search(r"%\S*scatter\S* = bf16", text)
+    assert aot.copies_of(compiled, *pools) == []
+
+
+@pytest.mark.aot
+def test_a_chunk_of_prefill_joins_no_weights_and_pads_no_queries():
+    """A chunk that is no multiple of the attention kernel's tile, and larger than what XLA may join products for."""
+    tokens = 320
+    assert tokens % 128 and tokens > FEW_ROWS
+    text = compiled_for_h100("prefill", 1, tokens)[0].as_text()
+    assert not re.search(r"= \(?bf16\[1024,(2048|2064)\]\S*( fusion| concatenate)", text)  # [W_q | W_k | W_v (| A)]
+    assert "bf16[1,384,8,128]" not in text
+    assert "bf16[1,384,1024]" not in text

@@ -8,6 +8,7 @@ every head has no layout. Pools go in and out as the same memory, and only slots
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,17 +99,21 @@ def rotated(x: list[jax.Array], angles) -> tuple[jax.Array, jax.Array]:
     return first * cos - second * sin, second * cos + first * sin
 
 
-def rotate_queries(s: Shapes, inputs: Inputs, q_out, token, blocks) -> None:
-    """These blocks of heads of one token; all are loaded before the first is stored."""
+def rotate_queries(s: Shapes, inputs: Inputs, q_out, token, blocks) -> Callable[[], None]:
+    """These blocks of heads of one token are loaded; what comes back rotates and stores them."""
     angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
     loaded = [
         [s.halves(x, token, block * s.heads) for x in (inputs.q, inputs.q_delta) if x is not None] for block in blocks
     ]
-    for block, (q, *deltas) in zip(blocks, loaded, strict=True):
-        for delta in deltas:  # rounded as the sum that it is
-            q = [(x + dx).astype(q_out.dtype).astype(jnp.float32) for x, dx in zip(q, delta, strict=True)]
-        for lane, x in zip((0, s.H // 2), rotated(q, angles), strict=True):
-            q_out[token, pl.ds(block * s.heads, s.heads), pl.ds(lane, s.H // 2)] = x.astype(q_out.dtype)
+
+    def store():
+        for block, (q, *deltas) in zip(blocks, loaded, strict=True):
+            for delta in deltas:  # rounded as the sum that it is
+                q = [(x + dx).astype(q_out.dtype).astype(jnp.float32) for x, dx in zip(q, delta, strict=True)]
+            for lane, x in zip((0, s.H // 2), rotated(q, angles), strict=True):
+                q_out[token, pl.ds(block * s.heads, s.heads), pl.ds(lane, s.H // 2)] = x.astype(q_out.dtype)
+
+    return store
 
 
 def where_written(slots, table: int, token, pool, write) -> None:
@@ -121,50 +126,57 @@ def where_written(slots, table: int, token, pool, write) -> None:
         write(lax.div(target, jnp.int32(page_size)), lax.rem(target, jnp.int32(page_size)))
 
 
-def write_base(s: Shapes, inputs: Inputs, pool, token) -> None:
+def write_base(s: Shapes, inputs: Inputs, pool, token) -> Callable[[], None]:
+    """A token's k and v are loaded; what comes back rotates and stores them."""
     k, k_head, v, v_head = inputs.k, 0, inputs.v, 0
     if k is None:
         k, k_head, v, v_head = inputs.q, s.N, inputs.q, s.N + s.K
+    angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
+    blocks = range(0, s.K, s.heads)
+    loaded = [(s.halves(k, token, k_head + i), s.load(v.at[token, pl.ds(v_head + i, s.heads)])) for i in blocks]
 
     def write(page, slot):
-        angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
-        for head in range(0, s.K, s.heads):
+        for head, (keys, values) in zip(blocks, loaded, strict=True):
             heads = pl.ds(head, s.heads)
-            values = s.load(v.at[token, pl.ds(v_head + head, s.heads)])
-            first, second = rotated(s.halves(k, token, k_head + head), angles)
-            pool[page, heads, slot, pl.ds(0, s.H // 2)] = first.astype(pool.dtype)
-            pool[page, heads, slot, pl.ds(s.H // 2, s.H // 2)] = second.astype(pool.dtype)
+            for lane, x in zip((0, s.H // 2), rotated(keys, angles), strict=True):
+                pool[page, heads, slot, pl.ds(lane, s.H // 2)] = x.astype(pool.dtype)
             pool[page, heads, slot, pl.ds(s.H, s.H)] = values
 
-    where_written(inputs.slots, 0, token, pool, write)
+    return lambda: where_written(inputs.slots, 0, token, pool, write)
 
 
-def write_low_rank(s: Shapes, inputs: Inputs, target: int, pool, token) -> None:
-    """One number at a time, for they lie p numbers apart; a token has few of them."""
-    for table in range(s.tables):
+def write_low_rank(s: Shapes, inputs: Inputs, target: int, pool, token) -> Callable[[], None]:
+    """The same of its low-rank numbers: one at a time, for they lie p numbers apart; a token has few of them."""
+    loaded = [s.low_rank(inputs, target, table, token) for table in range(s.tables)]
 
-        def write(page, slot, table=table):
-            for i, number in enumerate(s.low_rank(inputs, target, table, token)):
-                pool[page, i, slot] = number
+    def store():
+        for table, numbers in enumerate(loaded):
 
-        where_written(inputs.slots, 1 + table, token, pool, write)
+            def write(page, slot, numbers=numbers):
+                for i, number in enumerate(numbers):
+                    pool[page, i, slot] = number
+
+            where_written(inputs.slots, 1 + table, token, pool, write)
+
+    return store
 
 
 def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
+    """Everything that a program needs is under way before it waits for any of it, where it goes to included."""
     token = lax.axis_index("token")
-    writes = [functools.partial(write_base, s, inputs, pools.kv, token)] if s.base else []
+    tasks = [functools.partial(write_base, s, inputs, pools.kv, token)] if s.base else []
     for target, pool in enumerate((pools.low_rank_v, pools.low_rank_k)):
         if pool is not None:
-            writes.append(functools.partial(write_low_rank, s, inputs, target, pool, token))
+            tasks.append(functools.partial(write_low_rank, s, inputs, target, pool, token))
     if not s.few:
-        rotate_queries(s, inputs, q_out, token, range(s.blocks))
-        for write in writes:
-            write()
+        stores = [task() for task in (functools.partial(rotate_queries, s, inputs, q_out, token, range(s.blocks)), *tasks)]
+        for store in stores:
+            store()
         return
     part = lax.axis_index("part")
-    pl.when(part < s.blocks)(lambda: rotate_queries(s, inputs, q_out, token, [part]))
-    for i, write in enumerate(writes):
-        pl.when(part == s.blocks + i)(write)
+    pl.when(part < s.blocks)(lambda: rotate_queries(s, inputs, q_out, token, [part])())
+    for i, task in enumerate(tasks):
+        pl.when(part == s.blocks + i)(lambda task=task: task()())
 
 
 def heads_of_block(N: int, K: int) -> int:

@@ -1,7 +1,7 @@
 """The page write as scatters, on any platform."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from lragent_jax.kernels.page_write.arguments import LowRank, Pools, Projections, Rotation, Slots
 from lragent_jax.kernels.rotary import rotate
@@ -21,6 +21,10 @@ def rotate_and_write(
     return q, pools
 
 
+def is_in_pool(slots: Int32[Array, "*tokens"], num_slots: int) -> Bool[Array, "*tokens"]:
+    return (slots >= 0) & (slots < num_slots)
+
+
 def write_base(
     kv: Float[Array, "P K p HH"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slots: Int32[Array, "B T"]
 ) -> Float[Array, "P K p HH"]:
@@ -31,7 +35,8 @@ def write_base(
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
     page, slot = slots[..., None] // page_size, slots[..., None] % page_size
     rows = (page * num_kv_heads + heads) * page_size + slot
-    rows = jnp.where(slots[..., None] >= 0, rows, num_pages * num_kv_heads * page_size)  # out of range: dropped
+    nowhere = num_pages * num_kv_heads * page_size  # out of range: dropped
+    rows = jnp.where(is_in_pool(slots, num_pages * page_size)[..., None], rows, nowhere)
     tokens = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
     flat = kv.reshape(-1, width).at[rows.reshape(-1)].set(tokens.reshape(-1, width), mode="drop")
     return flat.reshape(kv.shape)
@@ -43,6 +48,6 @@ def write_low_rank(
     num_pages, rank, page_size = pool.shape
     page, slot = slots[..., None] // page_size, slots[..., None] % page_size
     index = (page * rank + jnp.arange(rank, dtype=jnp.int32)) * page_size + slot
-    index = jnp.where(slots[..., None] >= 0, index, num_pages * rank * page_size)
+    index = jnp.where(is_in_pool(slots, num_pages * page_size)[..., None], index, num_pages * rank * page_size)
     flat = pool.reshape(-1).at[index.reshape(-1)].set(low_rank.astype(pool.dtype).reshape(-1), mode="drop")
     return flat.reshape(pool.shape)

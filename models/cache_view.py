@@ -5,6 +5,7 @@ positions [q_start, kv_len) against keys [0, kv_len).
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lragent_jax.kernels import lora_attention as attention
-from lragent_jax.kernels import page_update
+from lragent_jax.kernels import page_update, page_write
 from lragent_jax.kernels.lora_attention.dispatch import default_platform
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.pytree import pytree, static
@@ -110,60 +111,67 @@ class LayerCache:
 
 
 def _token_slots(
-    page_indices: Int[Array, "B W"], write_from: Int[Array, " B"], table: PageTable, num_tokens: int, page_size: int
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Array]:
-    """(page, slot in it, whether to write) of every query slot."""
+    page_indices: Int[HostOrDevice, "B W"], write_from: Int[HostOrDevice, " B"], table: PageTable, num_tokens: int,
+    page_size: int,
+) -> Int[Array, "B T"]:
+    """page · p + slot of every query slot; −1 where it is padding, or was written before."""
     positions = table.positions(num_tokens)
     writes = (positions < table.kv_lens[:, None]) & (positions >= write_from[:, None])
     column = jnp.clip(positions // page_size, 0, page_indices.shape[1] - 1)
-    return jnp.take_along_axis(page_indices, column, axis=1), positions % page_size, writes
+    page = jnp.take_along_axis(page_indices, column, axis=1)
+    return jnp.where(writes, page * page_size + positions % page_size, -1)
 
 
-def write_base(
-    kv: Float[Array, "P K p HH"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], table: PageTable
-) -> Float[Array, "P K p HH"]:
-    """Puts the new tokens' K and V into their slots; every device those of its kv heads."""
-    return per_shard(_write_base, (POOL, HEADS, HEADS, WHOLE), POOL)(kv, k, v, table)
+def token_slots(table: PageTable, num_tokens: int, page_size: int) -> page_write.Slots:
+    """Where the new tokens go, in the base pages and in the pages of each low-rank table."""
+
+    def low_rank(page_indices, write_from):
+        return _token_slots(page_indices, write_from, table, num_tokens, page_size)
+
+    return page_write.Slots(
+        base=_token_slots(table.base, table.base_write_from, table, num_tokens, page_size),
+        low_rank=jax.vmap(low_rank)(table.low_rank, table.low_rank_write_from),
+    )
 
 
-def _write_base(kv, k, v, table: PageTable):
-    """The pool is scattered into as a matrix of token rows: one leading scattered dimension is what XLA updates in
-    place; two of them around the heads made it transpose, that is copy, the pool.
+def rotate_and_write(
+    projections: page_write.Projections,
+    rotation: page_write.Rotation,
+    low_rank: page_write.LowRank,
+    cache: LayerCache,
+    table: PageTable,
+    implementation: str | None,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """Rotated queries, and the cache with the new tokens in it; every device those of its kv heads.
+
+    `low_rank`: the tokens' X A for each of the g tables. `implementation` is attention's: the page write that comes
+    with it is done where it can be, and XLA's elsewhere.
     """
-    num_pages, num_kv_heads, page_size, width = kv.shape
-    page, slot, writes = _token_slots(table.base, table.base_write_from, table, k.shape[1], page_size)
-    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
-    rows = (page[..., None] * num_kv_heads + heads) * page_size + slot[..., None]
-    rows = jnp.where(writes[..., None], rows, num_pages * num_kv_heads * page_size)  # out of range: dropped
-    tokens = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
-    flat = kv.reshape(-1, width).at[rows.reshape(-1)].set(tokens.reshape(-1, width), mode="drop")
-    return flat.reshape(kv.shape)
+    platform = {None: default_platform(), "pallas_mosaic_gpu": "gpu", "pallas_mosaic_tpu": "tpu"}.get(implementation)
+    pools = page_write.Pools(cache.kv, cache.low_rank_v, cache.low_rank_k)
+    if platform == "tpu":
+        low_rank, pools = _write_pages_in_place(low_rank, pools, table)
+    implementations = page_write.ON_GPUS if platform == "gpu" else ("xla",)
+    write = functools.partial(page_write.rotate_and_write, implementations=implementations)
+    in_pools = page_write.Pools(POOL, WHOLE, WHOLE)
+    slots = token_slots(table, projections.q.shape[1], cache.kv.shape[2])
+    q, pools = per_shard(write, (HEADS, WHOLE, WHOLE, WHOLE, in_pools), (HEADS, in_pools))(
+        projections, rotation, low_rank, slots, pools
+    )
+    return q, LayerCache(**pools._asdict())
 
 
-def write_low_rank(
-    pool: Float[Array, "P r p"], low_rank: Float[Array, "g B T r"], table: PageTable, implementation: str | None = None
-) -> Float[Array, "P r p"]:
-    """Puts the new tokens' X A into the pages of each of the g tables; tokens lie on the pages' last axis.
-
-    `implementation` is attention's: its TPU kernels come with one that writes pages in place.
-    """
-    on_tpu = implementation == "pallas_mosaic_tpu" or (implementation is None and default_platform() == "tpu")
-    write = _update_low_rank_pages if on_tpu and page_update.takes(pool) else _scatter_low_rank
-    return per_shard(write, (WHOLE, WHOLE, WHOLE), WHOLE)(pool, low_rank, table)
-
-
-def _scatter_low_rank(pool, low_rank, table: PageTable):
-    num_pages, rank, page_size = pool.shape
-    num_tokens = low_rank.shape[2]
-
-    def indices(page_indices, write_from):
-        page, slot, writes = _token_slots(page_indices, write_from, table, num_tokens, page_size)
-        index = (page[..., None] * rank + jnp.arange(rank, dtype=jnp.int32)) * page_size + slot[..., None]
-        return jnp.where(writes[..., None], index, num_pages * rank * page_size)
-
-    index = jax.vmap(indices)(table.low_rank, table.low_rank_write_from)
-    flat = pool.reshape(-1).at[index.reshape(-1)].set(low_rank.astype(pool.dtype).reshape(-1), mode="drop")
-    return flat.reshape(pool.shape)
+def _write_pages_in_place(
+    low_rank: page_write.LowRank, pools: page_write.Pools, table: PageTable
+) -> tuple[page_write.LowRank, page_write.Pools]:
+    """What a TPU's kernel does not take, and the pools with what it does in them."""
+    for target, new in low_rank._asdict().items():
+        pool = getattr(pools, f"low_rank_{target}")
+        if new is not None and page_update.takes(pool):
+            update = per_shard(_update_low_rank_pages, (WHOLE, WHOLE, WHOLE), WHOLE)
+            pools = pools._replace(**{f"low_rank_{target}": update(pool, new, table)})
+            low_rank = low_rank._replace(**{target: None})
+    return low_rank, pools
 
 
 def _update_low_rank_pages(pool, low_rank, table: PageTable):

@@ -14,15 +14,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
+from lragent_jax.kernels import page_write
+from lragent_jax.kernels.rotary import rotate
 from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.hashed_graph import HashedGraph
-from lragent_jax.models.matrix_product import matrix_product
+from lragent_jax.models.matrix_product import matrix_product, unjoined
 from lragent_jax.models.packed_rows import PackedRows, attend_packed, attend_packed_split
 from lragent_jax.models.pytree import pytree
-from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
+from lragent_jax.models.rope import inverse_frequencies, rotation
 from lragent_jax.models.tensor_parallel import (
     AXIS,
     BY_COLUMN,
@@ -130,19 +132,24 @@ class Attention(nnx.Module):
         self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, inv_freq, *, write_base: bool,
         implementation: str | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:  # fmt: skip
-        q = rotate(self.heads(self.q(x) + adapters.delta("q", x)), *rope)
-        split = table.num_low_rank_tables > 0
-        kv = cache.kv
+        x, x_q, x_k, x_v = unjoined(x, 4)
+        q, q_delta = self.q(x_q), adapters.delta("q", x)
+        k = v = None
         if write_base:
-            k, v = self.k(x), self.v(x)
-            if not split:  # merged: the adapters are part of what is cached
+            k, v = self.k(x_k), self.v(x_v)
+            if not table.num_low_rank_tables:  # merged: the adapters are part of what is cached
                 k, v = k + adapters.delta("k", x), v + adapters.delta("v", x)
-            kv = cache_view.write_base(kv, rotate(self.heads(k), *rope), self.heads(v), table)
-        cache = LayerCache(
-            kv=kv,
-            low_rank_v=self.write_low_rank("v", x, cache.low_rank_v, adapters, table, implementation),
-            low_rank_k=self.write_low_rank("k", x, cache.low_rank_k, adapters, table, implementation),
-        )
+        q, cache = cache_view.rotate_and_write(
+            page_write.Projections(*(
+                None if y is None or isinstance(y, float) else self.heads(y) for y in (q, k, v, q_delta)
+            )),
+            page_write.Rotation(*rope),
+            page_write.LowRank(
+                v=self.low_rank("v", x, cache.low_rank_v, adapters, table),
+                k=self.low_rank("k", x, cache.low_rank_k, adapters, table),
+            ),
+            cache, table, implementation,
+        )  # fmt: skip
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
         ).reshape(*x.shape[:2], -1)
@@ -175,10 +182,10 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
     @staticmethod
-    def write_low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable, implementation: str | None):
+    def low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable) -> Float[Array, "g B T r"] | None:
         if pool is None or not table.num_low_rank_tables:
-            return pool
-        return cache_view.write_low_rank(pool, adapters.low_rank(target, x, table.group_ids), table, implementation)
+            return None
+        return adapters.low_rank(target, x, table.group_ids)
 
 
 class MLP(nnx.Module):
@@ -191,8 +198,9 @@ class MLP(nnx.Module):
         self.down = ReducingLinear(*shapes["down"], ("F", "D"), dtype)
 
     def __call__(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T D"]:
-        gate = self.gate(x) + adapters.delta("gate", x)
-        hidden = jax.nn.silu(gate) * (self.up(x) + adapters.delta("up", x))
+        x_gate, x_up = unjoined(x, 2)
+        gate = self.gate(x_gate) + adapters.delta("gate", x_gate)
+        hidden = jax.nn.silu(gate) * (self.up(x_up) + adapters.delta("up", x_up))
         return self.down(hidden, "down", adapters)
 
 

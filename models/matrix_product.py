@@ -29,3 +29,25 @@ def matrix_product(
         return product(jnp.pad(x, ((0, 0), (0, _ROWS - 1), (0, 0))), weight)[:, :1]
 
     return jax.lax.platform_dependent(x, weight, cuda=among_zeros, rocm=among_zeros, default=product)
+
+
+FEW_ROWS = 64
+"""Where weights are what a product takes its time from: there XLA may join them, which it does once per program."""
+
+
+def unjoined(x: Float[Array, "B T width"], count: int) -> list[Float[Array, "B T width"]]:
+    """x so many times, as arrays that XLA on GPUs takes for different ones; of few rows, x itself.
+
+    Products that read the same array it joins to one, and copies their weights side by side in every call: for a chunk
+    of prefill the copy takes as long as an eighth of the products.
+    """
+    if x.shape[0] * x.shape[1] <= FEW_ROWS:
+        return [x] * count
+
+    def hidden(x):
+        copies = [x]
+        for _ in range(count):
+            copies.append(jax.lax.optimization_barrier(copies[-1]))
+        return copies[1:]
+
+    return jax.lax.platform_dependent(x, cuda=hidden, rocm=hidden, default=lambda x: [x] * count)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, half-split as in Llama, with Llama 3.1's frequency scaling."""
+"""The angles of rotary position embeddings, with Llama 3.1's frequency scaling."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,12 +30,3 @@ def rotation(
     """Cosines and sines of every angle, f32 [B, T, H/2]: computed once per pass, used by all layers."""
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B T heads H"], cos: Float[Array, "B T Hh"], sin: Float[Array, "B T Hh"]
-) -> Float[Array, "B T heads H"]:
-    """Turns the pairs (x[i], x[i + H/2]) by their angle, in f32, back to x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import generation
+from lragent_jax.kernels import page_write
 from lragent_jax.measure.device_trace import traced_kernels
 from lragent_jax.measure.timing import DeviceSpeed, chain, measure_device, median_seconds
 from lragent_jax.models import cache_view
@@ -35,7 +36,7 @@ from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, P
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import random_params
 from lragent_jax.models.matrix_product import matrix_product
-from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
+from lragent_jax.models.rope import inverse_frequencies, rotation
 
 CALLS = 8  # in a turn of a chain
 WRITTEN_PAGES = 64  # of the pools that page writes are timed on: as the loop's state they are copied once
@@ -167,15 +168,19 @@ def masked_expand(low_rank, lora_b, ids):
     return jnp.einsum("btx,xo->bto", placed, lora_b.reshape(A * r, out))
 
 
-def rotate_heads(x, _, shared):
-    q, k = x
-    return rotate(q, *shared), rotate(k, *shared)
+def rotate_and_write(setting: Pass):
+    def function(state, new, shared):
+        q, kv, low_rank_v = state
+        k, v, low_rank = new
+        rope, table = shared
+        projections, cache = page_write.Projections(q, k, v), LayerCache(kv, low_rank_v, None)
+        q, cache = cache_view.rotate_and_write(
+            projections, page_write.Rotation(*rope), page_write.LowRank(v=low_rank), cache, table,
+            setting.implementation,
+        )  # fmt: skip
+        return q, cache.kv, cache.low_rank_v
 
-
-def write_pages(pools, new, table):
-    kv, low_rank_v = pools
-    k, v, low_rank = new
-    return cache_view.write_base(kv, k, v, table), cache_view.write_low_rank(low_rank_v, low_rank, table)
+    return function
 
 
 def attend(setting: Pass):
@@ -277,9 +282,9 @@ def cache_operations(setting: Pass, random: Random) -> list[Operation]:
     layers = random.copies(setting, (pages, K, p, 2 * H), (pages, r, p), (1 + B, r, K * H))
     ids = jnp.arange(1, 1 + B, dtype=jnp.int32)
     return [
-        Operation("rope", rotate_heads, (q, k), (None,), 2 * M * (N + K) * H * setting.itemsize, 0, L, rope),
-        Operation("page writes", write_pages, (random(WRITTEN_PAGES, K, p, 2 * H), random(WRITTEN_PAGES, r, p)),
-                  written, 2 * T * token_bytes, 0, L, table_of(setting, WRITTEN_PAGES)),
+        Operation("rope and page writes", rotate_and_write(setting),
+                  (q, random(WRITTEN_PAGES, K, p, 2 * H), random(WRITTEN_PAGES, r, p)), written,
+                  2 * (M * N * H * setting.itemsize + T * token_bytes), 0, L, (rope, table_of(setting, WRITTEN_PAGES))),
         Operation("attention", attend(setting), q, layers,
                   setting.S * token_bytes + 2 * M * N * H * setting.itemsize, 4 * setting.causal_pairs * N * H, L,
                   (table_of(setting, pages), ids)),

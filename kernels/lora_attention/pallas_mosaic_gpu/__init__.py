@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int32
 
+from lragent_jax.kernels.hopper import refuse_other_gpus
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode as decode_kernels
@@ -33,10 +34,7 @@ def refuse(q: Array, base: Array, low_rank: LowRank | None) -> None:
         raise NotImplementedError(f"rank {r_v} of values: a multiple of 8 up to 64 fits its tiles")
     if r_k % 16 or r_k > 64:
         raise NotImplementedError(f"rank {r_k} of keys: a multiple of 16 up to 64 fits its tiles")
-    if jax.default_backend() == "gpu":
-        capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
-        if not capability[0].isdigit() or float(capability) < 9.0:
-            raise NotImplementedError(f"compute capability {capability}: it is written for NVIDIA Hopper and newer")
+    refuse_other_gpus()
 
 
 def lora_attention(

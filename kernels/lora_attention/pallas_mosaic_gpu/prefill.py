@@ -265,8 +265,9 @@ def prefill(
     refuse_unsupported(q, base, low_rank, sm_scale, blocks)
 
     tiles = -(-T // TILE_Q)
-    padded = jnp.pad(q, ((0, 0), (0, tiles * TILE_Q - T), (0, 0), (0, 0))).reshape(B, -1, N * H)
-    inputs = Inputs(padded, base.reshape(P * K, p, 2 * H), page_table.base, page_table.q_starts, page_table.kv_lens)
+    # The copy engine reads zeros behind the last query and writes nothing there: only a box larger than q needs padding.
+    rows = jnp.pad(q, ((0, 0), (0, max(0, BLOCK_Q - T)), (0, 0), (0, 0))).reshape(B, -1, N * H)
+    inputs = Inputs(rows, base.reshape(P * K, p, 2 * H), page_table.base, page_table.q_starts, page_table.kv_lens)
     num_adapters = 0
     if low_rank is not None and lora_b is not None:
         num_adapters = max(b.shape[0] for b in lora_b if b is not None)
@@ -280,7 +281,7 @@ def prefill(
         *(T, H, N // K, K, p, r_v, r_k, num_adapters, q.dtype, sm_scale * LOG2_E), blocks=blocks, interpret=interpret
     )
     lse = jax.ShapeDtypeStruct((B, N, tiles * TILE_Q), jnp.float32) if return_lse else None
-    o, lse = run_kernel(cfg, inputs, Outputs(jax.ShapeDtypeStruct(padded.shape, q.dtype), lse), (N, tiles, B))
+    o, lse = run_kernel(cfg, inputs, Outputs(jax.ShapeDtypeStruct(rows.shape, q.dtype), lse), (N, tiles, B))
     o = o[:, :T].reshape(q.shape)
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
 

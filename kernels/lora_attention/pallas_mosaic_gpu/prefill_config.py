@@ -103,7 +103,7 @@ class Barriers(NamedTuple):
 class Config:
     """What a kernel is compiled for. Ranks are 0 where there is no such pool."""
 
-    T: int  # before padding
+    T: int  # of a row
     H: int
     G: int
     K: int

@@ -1,0 +1,1 @@
+"""Few rows times weights: what a decode step does around its attention."""

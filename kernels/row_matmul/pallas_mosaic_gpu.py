@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from lragent_jax.kernels.interpret import is_interpreted
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.row_matmul.arguments import Norm
 
 TILE = 64  # columns of a weight in one instruction of the matrix unit
@@ -64,6 +65,7 @@ class Shapes:
     gated: bool
     residual: bool
     eps: float | None  # None: no norm
+    keep_normed: bool
     tiles: int
     stages: int
     early: bool
@@ -97,7 +99,7 @@ class Shapes:
 
     def fixed_bytes(self) -> int:
         """Beside the stages: the rows that are being multiplied, scratch for sums, barriers, alignment."""
-        return 2 * self.padded * BLOCK_K * 2 + 3 * 1024
+        return (2 + self.keep_normed) * self.padded * BLOCK_K * 2 + 3 * 1024
 
 
 def heuristic(shapes: Shapes) -> BlockSizes:
@@ -166,7 +168,7 @@ def reciprocal_rms(refs, s: Shapes):
     """1 / rms(x), f32: a number, or of several rows [padded, BLOCK_K] with a row's in all its lanes."""
     layout = statistics_layout()
     for row in range(s.rows):
-        wide = plgpu.load(refs.folded.at[row], layout=layout, optimized=False).astype(jnp.float32)
+        wide = load(refs.folded.at[row], layout=layout, optimized=False).astype(jnp.float32)
         refs.sums[row, ...] = (wide * wide).sum(axis=1)
     factors = []
     for row in range(s.rows):
@@ -181,7 +183,16 @@ def reciprocal_rms(refs, s: Shapes):
     return chosen
 
 
-def compute(refs, s: Shapes, *accumulators) -> None:
+def write_normed(refs, turn, x, s: Shapes) -> None:
+    """This turn's part of the normalised rows: one block's task, another turn's another's."""
+    plgpu.wait_smem_to_gmem(0)
+    refs.normed_smem[...] = x
+    plgpu.commit_smem()
+    part = refs.outs[-1].at[:, pl.ds(turn * BLOCK_K, BLOCK_K)]
+    plgpu.copy_smem_to_gmem(refs.normed_smem.at[pl.ds(0, s.rows)], part)
+
+
+def compute(refs, block, s: Shapes, *accumulators) -> None:
     """The compute warpgroup: all of the contraction, for the block's columns."""
     after_kernels_before(s)
     factor = None if s.eps is None else reciprocal_rms(refs, s)
@@ -190,13 +201,15 @@ def compute(refs, s: Shapes, *accumulators) -> None:
     def step(turn, _):
         stage, own = lax.rem(turn, jnp.int32(s.stages)), lax.rem(turn, jnp.int32(2))
         plgpu.barrier_wait(refs.ready.at[stage])
-        x = plgpu.load(refs.x_smem.at[stage], layout=layout, optimized=False)
+        x = load(refs.x_smem.at[stage], layout=layout, optimized=False)
         if factor is not None:
-            scale = plgpu.load(refs.scale_smem.at[stage], layout=layout.reduce(0), optimized=False)
+            scale = load(refs.scale_smem.at[stage], layout=layout.reduce(0), optimized=False)
             x = (x.astype(jnp.float32) * factor).astype(dtype).astype(jnp.float32)
             x = (x * over_rows(scale.astype(jnp.float32), s)).astype(dtype)
         refs.rows_smem[own, ...] = x
         plgpu.commit_smem()
+        if s.keep_normed:
+            pl.when(lax.rem(turn, jnp.int32(s.num_blocks)) == block)(functools.partial(write_normed, refs, turn, x, s))
         for tile, accumulator in enumerate(accumulators):
             weight = refs.w_smem.at[stage, tile].transpose((1, 0))
             plgpu.wgmma(accumulator, weight, refs.rows_smem.at[own].transpose((1, 0)))
@@ -208,6 +221,8 @@ def compute(refs, s: Shapes, *accumulators) -> None:
 
     lax.fori_loop(0, s.turns, step, None)
     plgpu.wgmma_wait(0)
+    if s.keep_normed:
+        plgpu.wait_smem_to_gmem(0)
 
 
 def column(values, row: int, s: Shapes):
@@ -232,7 +247,7 @@ def finish(refs, block, tiles, s: Shapes) -> None:
                         up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
                         y = gate / (1.0 + jnp.exp(-gate)) * up
                     if s.residual:
-                        there = plgpu.load(refs.residual.at[row, columns], layout=PER_COLUMN, optimized=False)
+                        there = load(refs.residual.at[row, columns], layout=PER_COLUMN, optimized=False)
                         y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
                     out[row, columns] = y.astype(dtype)
 
@@ -264,6 +279,8 @@ def scratch(s: Shapes, dtype) -> dict:
             "scale_smem": plgpu.SMEM((s.stages, BLOCK_K), dtype),
             "sums": plgpu.SMEM((s.rows, 8), jnp.float32),
         }
+    if s.keep_normed:
+        buffers["normed_smem"] = plgpu.SMEM((s.padded, BLOCK_K), dtype)
     return buffers
 
 
@@ -273,7 +290,7 @@ def call(x, weights, scale, residual, *, s: Shapes):
         inputs |= {"folded": x.reshape(s.rows, 8, s.width // 8), "scale": scale}
     if s.residual:
         inputs["residual"] = residual
-    outs = s.outs[:1] if s.gated else s.outs
+    outs = (s.outs[:1] if s.gated else s.outs) + (s.width,) * s.keep_normed
 
     def body(*args, **buffers):
         named = dict(zip(inputs, args[: len(inputs)], strict=True))
@@ -285,7 +302,7 @@ def call(x, weights, scale, residual, *, s: Shapes):
         @pl.when(warpgroup == 0)
         def _():
             def accumulate(*accumulators):
-                compute(refs, s, *accumulators)
+                compute(refs, block, s, *accumulators)
                 return [accumulator[...] for accumulator in accumulators]
 
             accumulator = plgpu.ACC((TILE, s.padded), jnp.float32)
@@ -332,6 +349,7 @@ def row_matmul(
     weights: tuple[Array, ...],
     *,
     norm: Norm | None,
+    keep_normed: bool,
     gated: bool,
     residual: Float[Array, "rows out"] | None,
     early: bool = False,
@@ -341,8 +359,8 @@ def row_matmul(
     refuse(x, weights, norm)
     shapes = Shapes(
         rows=x.shape[0], width=x.shape[1], outs=tuple(weight.shape[1] for weight in weights), gated=gated,
-        residual=residual is not None, eps=None if norm is None else norm.eps, tiles=1, stages=2,
-        early=early, interpret=is_interpreted(),
+        residual=residual is not None, eps=None if norm is None else norm.eps,
+        keep_normed=keep_normed, tiles=1, stages=2, early=early, interpret=is_interpreted(),
     )  # fmt: skip
     sizes = block_sizes or heuristic(shapes)
     if any(out % (TILE * sizes.tiles) for out in shapes.outs):

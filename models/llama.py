@@ -23,6 +23,7 @@ from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.packed_rows import PackedRows, attend_packed, attend_packed_split
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotate, rotation
+from lragent_jax.models.row_products import row_products
 from lragent_jax.models.tensor_parallel import (
     AXIS,
     BY_COLUMN,
@@ -77,7 +78,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_width,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"]:
-        y = matrix_product(_projection, x, self.kernel[...])
+        return self.with_bias(matrix_product(_projection, x, self.kernel[...]))
+
+    def with_bias(self, y: Float[Array, "B T out_width"]) -> Float[Array, "B T out_width"]:
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -89,13 +92,25 @@ class ReducingLinear(Linear):
     """
 
     def __call__(
-        self, x: Float[Array, "B T in_width"], target: str, adapters: LayerAdapters
+        self,
+        x: Float[Array, "B T in_width"],
+        target: str,
+        adapters: LayerAdapters,
+        residual: Float[Array, "B T out_width"] | None = None,
+        implementation: str | None = "xla",
     ) -> Float[Array, "B T out_width"]:
+        pair = adapters.pairs.get(target)
+        if residual is not None:
+            if pair is None:
+                found = row_products(x, [self.kernel[...]], residual=residual, implementation=implementation)
+                if found is not None:
+                    return found[0]
+            return residual + self(x, target, adapters)
+
         def partial(x, kernel, pair: LoraPair | None, *chosen):
             y = matrix_product(_projection, x, kernel)
             return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
 
-        pair = adapters.pairs.get(target)
         pair_specs = jax.tree.unflatten(jax.tree.structure(pair), [] if pair is None else [LORA_A_BY_ROW, WHOLE])
         return per_shard(partial, (HEADS, BY_ROW, pair_specs, WHOLE, WHOLE), WHOLE)(
             x, self.kernel[...], pair, adapters.group_of.get(target), adapters.adapter_ids
@@ -108,6 +123,11 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float, dtype):
         self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("D",))
         self.eps = eps
+
+    @property
+    def arguments(self) -> tuple[Float[Array, " D"], float]:
+        """Of a kernel that normalises on its own."""
+        return self.scale[...], self.eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = x.astype(jnp.float32)
@@ -128,13 +148,16 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, inv_freq, *, write_base: bool,
-        implementation: str | None,
+        implementation: str | None, norm: RMSNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:  # fmt: skip
-        q = rotate(self.heads(self.q(x) + adapters.delta("q", x)), *rope)
+        """The attention of x; with `norm`, that of what it makes of x, added to x."""
+        residual = None if norm is None else x
+        x, q, *kv_rows = self.project(x, norm, adapters, write_base, implementation)
+        q = rotate(self.heads(q + adapters.delta("q", x)), *rope)
         split = table.num_low_rank_tables > 0
         kv = cache.kv
         if write_base:
-            k, v = self.k(x), self.v(x)
+            k, v = kv_rows
             if not split:  # merged: the adapters are part of what is cached
                 k, v = k + adapters.delta("k", x), v + adapters.delta("v", x)
             kv = cache_view.write_base(kv, rotate(self.heads(k), *rope), self.heads(v), table)
@@ -146,7 +169,24 @@ class Attention(nnx.Module):
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
         ).reshape(*x.shape[:2], -1)
-        return self.o(attended, "o", adapters), cache
+        return self.o(attended, "o", adapters, residual, implementation), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], norm: RMSNorm | None, adapters: LayerAdapters, write_base: bool,
+        implementation: str | None,
+    ) -> list[Float[Array, "B T width"]]:  # fmt: skip
+        """What `norm` makes of x, as far as adapters read it, and its base projections: q, and k and v if written."""
+        linears = [self.q, self.k, self.v] if write_base else [self.q]
+        read = norm is not None and not adapters.pairs.keys().isdisjoint(("q", "k", "v"))
+        found = row_products(
+            x, [linear.kernel[...] for linear in linears], norm=norm and norm.arguments, keep_normed=read,
+            implementation=implementation,
+        )  # fmt: skip
+        if found is None:
+            x = x if norm is None else norm(x)
+            return [x, *(linear(x) for linear in linears)]
+        projected = [linear.with_bias(y) for linear, y in zip(linears, found, strict=False)]
+        return [found[-1] if read else x, *projected]
 
     def packed(
         self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],
@@ -190,10 +230,21 @@ class MLP(nnx.Module):
         self.up = Linear(*shapes["up"], ("D", "F"), dtype)
         self.down = ReducingLinear(*shapes["down"], ("F", "D"), dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], adapters: LayerAdapters, norm: RMSNorm | None = None,
+        implementation: str | None = "xla",
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """The MLP of x; with `norm`, that of what it makes of x, added to x."""
+        found = None
+        if adapters.pairs.keys().isdisjoint(("gate", "up")):
+            kernels = [self.gate.kernel[...], self.up.kernel[...]]
+            found = row_products(x, kernels, norm=norm and norm.arguments, gated=True, implementation=implementation)
+        hidden = found[0] if found is not None else self.hidden(x if norm is None else norm(x), adapters)
+        return self.down(hidden, "down", adapters, None if norm is None else x, implementation)
+
+    def hidden(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T F"]:
         gate = self.gate(x) + adapters.delta("gate", x)
-        hidden = jax.nn.silu(gate) * (self.up(x) + adapters.delta("up", x))
-        return self.down(hidden, "down", adapters)
+        return jax.nn.silu(gate) * (self.up(x) + adapters.delta("up", x))
 
 
 class Block(nnx.Module):
@@ -205,15 +256,16 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
-    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, *args, **kwargs):
-        attended, cache = self.attention(self.attention_norm(x), cache, adapters, *args, **kwargs)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), adapters), cache
+    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, *args, implementation: str | None, **kwargs):
+        x, cache = self.attention(
+            x, cache, adapters, *args, norm=self.attention_norm, implementation=implementation, **kwargs
+        )
+        return self.mlp(x, adapters, self.mlp_norm, implementation), cache
 
     def packed(self, x: Float[Array, "B T D"], adapters: LayerAdapters, *args) -> Float[Array, "B T D"]:
         """The same over packed rows, without a cache."""
         x = x + self.attention.packed(self.attention_norm(x), adapters, *args)
-        return x + self.mlp(self.mlp_norm(x), adapters)
+        return self.mlp(x, adapters, self.mlp_norm)
 
 
 class Llama(nnx.Module):

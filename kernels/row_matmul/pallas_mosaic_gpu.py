@@ -1,8 +1,8 @@
 """Few rows times weights for NVIDIA Hopper: the weights' bytes are all that counts, so they never wait for the rows.
 
-A block makes tiles of 64 columns of the result. Its memory warpgroup brings the columns' weights in by TMA, 128 rows of
-them at a time and as many stages ahead as shared memory holds, beside the same part of x; its compute warpgroup
-normalises that part where asked to and multiplies, the weights' transpose as the matrix unit's 64 rows and the rows of x
+A block makes tiles of 64 columns of the result. Its memory warpgroup brings the columns' weights in by TMA, 128 rows
+of them at a time and as many stages ahead as shared memory holds, beside the same part of x; its compute warpgroup
+normalises that part where asked to and multiplies, the weights' transpose as the matrix unit's 64 rows, the rows of x
 as its 8 or 16 columns. So the first stages are under way before the statistics of the norm are known.
 """
 
@@ -29,14 +29,14 @@ NUM_SMS = 132
 WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 
-def row_layout() -> plgpu.Layout:
+def row_layout():
     """Parts of x, [8 n, 128], as they are normalised: 16 bytes a thread."""
     return plgpu.Layout.TILED(
         plgpu.Tiling(((8, BLOCK_K), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1
     )
 
 
-def statistics_layout() -> plgpu.Layout:
+def statistics_layout():
     """A whole row of x as [8, D / 8]."""
     return plgpu.Layout.TILED(
         plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -217,7 +217,7 @@ def compute(refs, block, s: Shapes, *accumulators) -> None:
         before = turn - 1  # which is done with; another turn may wait for its stage
         awaited = (before >= 0) & (before + s.stages < s.turns)
         pl.when(awaited)(lambda: plgpu.barrier_arrive(refs.read.at[lax.rem(before, jnp.int32(s.stages))]))
-        return None
+        return
 
     lax.fori_loop(0, s.turns, step, None)
     plgpu.wgmma_wait(0)

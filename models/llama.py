@@ -25,6 +25,7 @@ from lragent_jax.models.matrix_product import matrix_product, unjoined
 from lragent_jax.models.packed_rows import PackedRows, attend_packed, attend_packed_split
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.rope import inverse_frequencies, rotation
+from lragent_jax.models.row_products import row_products
 from lragent_jax.models.tensor_parallel import (
     AXIS,
     BY_COLUMN,
@@ -79,7 +80,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_width,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B T in_width"]) -> Float[Array, "B T out_width"]:
-        y = matrix_product(_projection, x, self.kernel[...])
+        return self.with_bias(matrix_product(_projection, x, self.kernel[...]))
+
+    def with_bias(self, y: Float[Array, "B T out_width"]) -> Float[Array, "B T out_width"]:
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -91,13 +94,25 @@ class ReducingLinear(Linear):
     """
 
     def __call__(
-        self, x: Float[Array, "B T in_width"], target: str, adapters: LayerAdapters
+        self,
+        x: Float[Array, "B T in_width"],
+        target: str,
+        adapters: LayerAdapters,
+        residual: Float[Array, "B T out_width"] | None = None,
+        implementation: str | None = "xla",
     ) -> Float[Array, "B T out_width"]:
+        pair = adapters.pairs.get(target)
+        if residual is not None:
+            if pair is None:
+                found = row_products(x, [self.kernel[...]], residual=residual, implementation=implementation)
+                if found is not None:
+                    return found[0]
+            return residual + self(x, target, adapters)
+
         def partial(x, kernel, pair: LoraPair | None, *chosen):
             y = matrix_product(_projection, x, kernel)
             return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
 
-        pair = adapters.pairs.get(target)
         pair_specs = jax.tree.unflatten(jax.tree.structure(pair), [] if pair is None else [LORA_A_BY_ROW, WHOLE])
         return per_shard(partial, (HEADS, BY_ROW, pair_specs, WHOLE, WHOLE), WHOLE)(
             x, self.kernel[...], pair, adapters.group_of.get(target), adapters.adapter_ids
@@ -110,6 +125,11 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float, dtype):
         self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("D",))
         self.eps = eps
+
+    @property
+    def arguments(self) -> tuple[Float[Array, " D"], float]:
+        """Of a kernel that normalises on its own."""
+        return self.scale[...], self.eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = x.astype(jnp.float32)
@@ -130,13 +150,15 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, inv_freq, *, write_base: bool,
-        implementation: str | None,
+        implementation: str | None, norm: RMSNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:  # fmt: skip
-        x, x_q, x_k, x_v = unjoined(x, 4)
-        q, q_delta = self.q(x_q), adapters.delta("q", x)
+        """The attention of x; with `norm`, that of what it makes of x, added to x."""
+        residual = None if norm is None else x
+        x, q, *kv_rows = self.project(x, norm, adapters, write_base, implementation)
+        q_delta = adapters.delta("q", x)
         k = v = None
         if write_base:
-            k, v = self.k(x_k), self.v(x_v)
+            k, v = kv_rows
             if not table.num_low_rank_tables:  # merged: the adapters are part of what is cached
                 k, v = k + adapters.delta("k", x), v + adapters.delta("v", x)
         q, cache = cache_view.rotate_and_write(
@@ -153,7 +175,24 @@ class Attention(nnx.Module):
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
         ).reshape(*x.shape[:2], -1)
-        return self.o(attended, "o", adapters), cache
+        return self.o(attended, "o", adapters, residual, implementation), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], norm: RMSNorm | None, adapters: LayerAdapters, write_base: bool,
+        implementation: str | None,
+    ) -> list[Float[Array, "B T width"]]:  # fmt: skip
+        """What `norm` makes of x, as far as adapters read it, and its base projections: q, and k and v if written."""
+        linears = [self.q, self.k, self.v] if write_base else [self.q]
+        read = norm is not None and not adapters.pairs.keys().isdisjoint(("q", "k", "v"))
+        found = row_products(
+            x, [linear.kernel[...] for linear in linears], norm=norm and norm.arguments, keep_normed=read,
+            implementation=implementation,
+        )  # fmt: skip
+        if found is None:
+            x, *apart = unjoined(x if norm is None else norm(x), 1 + len(linears))
+            return [x, *(linear(y) for linear, y in zip(linears, apart, strict=True))]
+        projected = [linear.with_bias(y) for linear, y in zip(linears, found, strict=False)]
+        return [found[-1] if read else x, *projected]
 
     def packed(
         self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],
@@ -197,11 +236,22 @@ class MLP(nnx.Module):
         self.up = Linear(*shapes["up"], ("D", "F"), dtype)
         self.down = ReducingLinear(*shapes["down"], ("F", "D"), dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], adapters: LayerAdapters, norm: RMSNorm | None = None,
+        implementation: str | None = "xla",
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """The MLP of x; with `norm`, that of what it makes of x, added to x."""
+        found = None
+        if adapters.pairs.keys().isdisjoint(("gate", "up")):
+            kernels = [self.gate.kernel[...], self.up.kernel[...]]
+            found = row_products(x, kernels, norm=norm and norm.arguments, gated=True, implementation=implementation)
+        hidden = found[0] if found is not None else self.hidden(x if norm is None else norm(x), adapters)
+        return self.down(hidden, "down", adapters, None if norm is None else x, implementation)
+
+    def hidden(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T F"]:
         x_gate, x_up = unjoined(x, 2)
         gate = self.gate(x_gate) + adapters.delta("gate", x_gate)
-        hidden = jax.nn.silu(gate) * (self.up(x_up) + adapters.delta("up", x_up))
-        return self.down(hidden, "down", adapters)
+        return jax.nn.silu(gate) * (self.up(x_up) + adapters.delta("up", x_up))
 
 
 class Block(nnx.Module):
@@ -213,16 +263,20 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
-    def __call__(self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, **kwargs):
+    def __call__(
+        self, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, *, implementation: str | None,
+        **kwargs,
+    ):  # fmt: skip
         inv_freq = inverse_frequencies(self.attention.config)
-        attended, cache = self.attention(self.attention_norm(x), cache, adapters, table, rope, inv_freq, **kwargs)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), adapters), cache
+        x, cache = self.attention(
+            x, cache, adapters, table, rope, inv_freq, norm=self.attention_norm, implementation=implementation, **kwargs
+        )
+        return self.mlp(x, adapters, self.mlp_norm, implementation), cache
 
     def packed(self, x: Float[Array, "B T D"], adapters: LayerAdapters, *args) -> Float[Array, "B T D"]:
         """The same over packed rows, without a cache."""
         x = x + self.attention.packed(self.attention_norm(x), adapters, *args)
-        return x + self.mlp(self.mlp_norm(x), adapters)
+        return self.mlp(x, adapters, self.mlp_norm)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"))

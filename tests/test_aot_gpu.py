@@ -16,6 +16,7 @@ from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, tuned
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS, dispatch
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BlockSizes as MosaicPrefill
 from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes
+from lragent_jax.kernels.row_matmul import Norm, row_matmul
 from lragent_jax.models.matrix_product import matrix_product
 
 pytestmark = pytest.mark.aot
@@ -150,3 +151,24 @@ def test_a_token_times_a_weight_is_a_product_of_matrices(equation, x, weight):
         for product in (plain, functools.partial(matrix_product, plain))
     ]
     assert found == [False, True]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_the_products_of_a_decode_step_compile_and_copy_no_weight(rows):
+    def array(*shape) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def layer(x, attended, scale, qkv, o, gate_up, down):
+        norm = Norm(scale, 1e-5)
+        use = functools.partial(row_matmul, implementation="pallas_mosaic_gpu")
+        q, k, v, normed = use(x, qkv, norm=norm, keep_normed=True)
+        (x,) = use(attended, [o], residual=x)
+        (hidden,) = use(x, gate_up, norm=norm, gated=True)
+        return q, k, v, normed, use(hidden, [down], residual=x)
+
+    D, F, KV = 4096, 14_336, 1024
+    weights = [array(D, D), array(D, KV), array(D, KV)], array(D, D), [array(D, F), array(D, F)], array(F, D)
+    compiled = aot.compile_for(aot.h100(), layer, array(rows, D), array(rows, D), array(D), *weights)
+    assert (compiled.as_text() or "").count('custom_call_target="mosaic_gpu') == 4
+    assert aot.copies_of(compiled, *jax.tree.leaves(weights)) == []
+    assert aot.temporaries(compiled) < 2 * rows * 2 * (2 * D + F)

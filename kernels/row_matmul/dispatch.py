@@ -1,0 +1,50 @@
+"""The one place that chooses an implementation of `row_matmul`: unasked, the first of the platform that fits."""
+
+import importlib
+from types import ModuleType
+
+import jax
+from jaxtyping import Array
+
+from lragent_jax.kernels.lora_attention.dispatch import default_platform
+from lragent_jax.kernels.row_matmul.arguments import Norm
+
+# In order of preference, and where they are tried unasked.
+IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
+
+ENABLED_BY_DEFAULT = True  # whether models take another implementation than XLA's at all
+
+
+def load(name: str) -> ModuleType:
+    """Imported when first tried."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def choose(name: str | None, x: Array, weights: tuple[Array, ...], norm: Norm | None) -> str:
+    """The name of the implementation that runs. One that was asked for runs or raises, and never falls back.
+
+    Raises:
+      ValueError: there is none of that name.
+      NotImplementedError: the one that was asked for does not fit (its reason).
+    """
+    if name is not None:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"no implementation of row_matmul is called {name!r}; there are: {', '.join(IMPLEMENTATIONS)}"
+            )
+        load(name).refuse(x, weights, norm)
+        return name
+    platform = default_platform()
+    for candidate, platforms in IMPLEMENTATIONS.items():
+        if platform in platforms:
+            try:
+                load(candidate).refuse(x, weights, norm)
+            except NotImplementedError:
+                continue
+            return candidate
+    raise NotImplementedError(f"no implementation of row_matmul is registered for {platform}")
+
+
+def run(name: str, *args, **kwargs) -> tuple[Array, ...]:
+    with jax.named_scope(f"row_matmul_{name}"):
+        return load(name).row_matmul(*args, **kwargs)

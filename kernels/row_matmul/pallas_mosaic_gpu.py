@@ -1,0 +1,369 @@
+"""Few rows times weights for NVIDIA Hopper: the weights' bytes are all that counts, so they never wait for the rows.
+
+A block makes tiles of 64 columns of the result. Its memory warpgroup brings the columns' weights in by TMA, 128 rows
+of them at a time and as many stages ahead as shared memory holds, beside the same part of x; its compute warpgroup
+normalises that part where asked to and multiplies, the weights' transpose as the matrix unit's 64 rows, the rows of x
+as its 8 or 16 columns. So the first stages are under way before the statistics of the norm are known.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from lragent_jax.kernels.interpret import is_interpreted
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
+from lragent_jax.kernels.row_matmul.arguments import Norm
+
+TILE = 64  # columns of a weight in one instruction of the matrix unit
+BLOCK_K = 128  # rows of a weight in one stage
+MAX_ROWS = 16
+SMEM_BYTES = 227 * 1024
+NUM_SMS = 132
+
+WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+
+def row_layout():
+    """Parts of x, [8 n, 128], as they are normalised: 16 bytes a thread."""
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((8, BLOCK_K), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1
+    )
+
+
+def statistics_layout():
+    """A whole row of x as [8, D / 8]."""
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """tiles: of 64 columns that a block makes, of either weight where two are gated; stages: of weights in flight."""
+
+    tiles: int
+    stages: int
+
+    def __post_init__(self):
+        if self.tiles < 1 or self.stages < 2:
+            raise ValueError(f"{self} needs at least one tile and two stages")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the kernel is compiled for."""
+
+    rows: int
+    width: int  # of x
+    outs: tuple[int, ...]  # of the weights
+    gated: bool
+    residual: bool
+    eps: float | None  # None: no norm
+    keep_normed: bool
+    tiles: int
+    stages: int
+    early: bool
+    interpret: bool
+
+    @property
+    def padded(self) -> int:
+        """Columns of the matrix unit that take the rows."""
+        return -(-self.rows // 8) * 8
+
+    @property
+    def per_stage(self) -> int:
+        """Tiles of weights in a stage."""
+        return self.tiles * (2 if self.gated else 1)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Of every weight; gated ones share theirs."""
+        return tuple(out // (TILE * self.tiles) for out in (self.outs[:1] if self.gated else self.outs))
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.blocks)
+
+    @property
+    def turns(self) -> int:
+        return self.width // BLOCK_K
+
+    def stage_bytes(self) -> int:
+        return 2 * BLOCK_K * (TILE * self.per_stage + self.padded + (self.eps is not None))
+
+    def fixed_bytes(self) -> int:
+        """Beside the stages: the rows that are being multiplied, scratch for sums, barriers, alignment."""
+        return (2 + self.keep_normed) * self.padded * BLOCK_K * 2 + 3 * 1024
+
+
+def heuristic(shapes: Shapes) -> BlockSizes:
+    """One wave of blocks: up to two on a processor, which then share its memory."""
+    resident = 1 if shapes.num_blocks <= NUM_SMS else 2
+    stages = (SMEM_BYTES // resident - shapes.fixed_bytes() - 1024) // shapes.stage_bytes()
+    return BlockSizes(tiles=shapes.tiles, stages=max(2, min(stages, shapes.turns, 16)))
+
+
+def bring(refs, block, s: Shapes) -> None:
+    """The memory warpgroup: stage after stage, into where it was read longest ago."""
+
+    def weight_tiles():
+        """(from which block on, up to which, the weights whose columns those blocks make)"""
+        start = 0
+        for i, count in enumerate(s.blocks):
+            yield start, start + count, refs.weights if s.gated else refs.weights[i : i + 1]
+            start += count
+
+    def place(turn):
+        stage = lax.rem(turn, jnp.int32(s.stages))
+        return stage, pl.ds(turn * BLOCK_K, BLOCK_K), refs.ready.at[stage]
+
+    def bring_rows(turn):
+        stage, rows, ready = place(turn)
+        plgpu.copy_gmem_to_smem(refs.x.at[:, rows], refs.x_smem.at[stage, pl.ds(0, s.rows)], ready)
+        if s.eps is not None:
+            plgpu.copy_gmem_to_smem(refs.scale.at[rows], refs.scale_smem.at[stage], ready)
+
+    def bring_weights(turn):
+        stage, rows, ready = place(turn)
+        for start, end, weights in weight_tiles():
+
+            @pl.when((block >= start) & (block < end))
+            def _(start=start, weights=weights):
+                for i, weight in enumerate(weights):
+                    for tile in range(s.tiles):
+                        columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
+                        into = refs.w_smem.at[stage, i * s.tiles + tile]
+                        plgpu.copy_gmem_to_smem(weight.at[rows, columns], into, ready)
+
+    def step(turn, _):
+        plgpu.barrier_wait(refs.read.at[lax.rem(turn, jnp.int32(s.stages))])
+        bring_rows(turn)
+        bring_weights(turn)
+
+    ahead = min(s.stages, s.turns)
+    lax.fori_loop(0, ahead, lambda turn, _: bring_weights(turn), None)
+    after_kernels_before(s)
+    lax.fori_loop(0, ahead, lambda turn, _: bring_rows(turn), None)
+    lax.fori_loop(ahead, s.turns, step, None)
+
+
+def after_kernels_before(s: Shapes) -> None:
+    """From here on what the kernels before wrote may be read; and the kernel behind this one may start to wait."""
+    if s.early:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+
+def over_rows(per_lane, s: Shapes):
+    return plgpu.layout_cast(lax.broadcast_in_dim(per_lane, (s.padded, BLOCK_K), (1,)), row_layout())
+
+
+def reciprocal_rms(refs, s: Shapes):
+    """1 / rms(x), f32: a number, or of several rows [padded, BLOCK_K] with a row's in all its lanes."""
+    layout = statistics_layout()
+    for row in range(s.rows):
+        wide = load(refs.folded.at[row], layout=layout, optimized=False).astype(jnp.float32)
+        refs.sums[row, ...] = (wide * wide).sum(axis=1)
+    factors = []
+    for row in range(s.rows):
+        total = functools.reduce(jnp.add, [refs.sums[row, i] for i in range(8)])
+        factors.append(lax.rsqrt(total * (1 / s.width) + s.eps))
+    if s.rows == 1:
+        return factors[0]
+    row = plgpu.broadcasted_iota(jnp.int32, (s.padded, BLOCK_K), 0, layout=row_layout())
+    chosen = plgpu.layout_cast(jnp.full((s.padded, BLOCK_K), factors[0]), row_layout())
+    for i, factor in enumerate(factors[1:], 1):
+        chosen = jnp.where(row == i, factor, chosen)
+    return chosen
+
+
+def write_normed(refs, turn, x, s: Shapes) -> None:
+    """This turn's part of the normalised rows: one block's task, another turn's another's."""
+    plgpu.wait_smem_to_gmem(0)
+    refs.normed_smem[...] = x
+    plgpu.commit_smem()
+    part = refs.outs[-1].at[:, pl.ds(turn * BLOCK_K, BLOCK_K)]
+    plgpu.copy_smem_to_gmem(refs.normed_smem.at[pl.ds(0, s.rows)], part)
+
+
+def compute(refs, block, s: Shapes, *accumulators) -> None:
+    """The compute warpgroup: all of the contraction, for the block's columns."""
+    after_kernels_before(s)
+    factor = None if s.eps is None else reciprocal_rms(refs, s)
+    dtype, layout = refs.x.dtype, row_layout()
+
+    def step(turn, _):
+        stage, own = lax.rem(turn, jnp.int32(s.stages)), lax.rem(turn, jnp.int32(2))
+        plgpu.barrier_wait(refs.ready.at[stage])
+        x = load(refs.x_smem.at[stage], layout=layout, optimized=False)
+        if factor is not None:
+            scale = load(refs.scale_smem.at[stage], layout=layout.reduce(0), optimized=False)
+            x = (x.astype(jnp.float32) * factor).astype(dtype).astype(jnp.float32)
+            x = (x * over_rows(scale.astype(jnp.float32), s)).astype(dtype)
+        refs.rows_smem[own, ...] = x
+        plgpu.commit_smem()
+        if s.keep_normed:
+            pl.when(lax.rem(turn, jnp.int32(s.num_blocks)) == block)(functools.partial(write_normed, refs, turn, x, s))
+        for tile, accumulator in enumerate(accumulators):
+            weight = refs.w_smem.at[stage, tile].transpose((1, 0))
+            plgpu.wgmma(accumulator, weight, refs.rows_smem.at[own].transpose((1, 0)))
+        plgpu.wgmma_wait(len(accumulators))
+        before = turn - 1  # which is done with; another turn may wait for its stage
+        awaited = (before >= 0) & (before + s.stages < s.turns)
+        pl.when(awaited)(lambda: plgpu.barrier_arrive(refs.read.at[lax.rem(before, jnp.int32(s.stages))]))
+        return
+
+    lax.fori_loop(0, s.turns, step, None)
+    plgpu.wgmma_wait(0)
+    if s.keep_normed:
+        plgpu.wait_smem_to_gmem(0)
+
+
+def column(values, row: int, s: Shapes):
+    """One row of the result, of a tile's 64 columns."""
+    number = plgpu.broadcasted_iota(jnp.int32, (TILE, s.padded), 1, layout=WGMMA)
+    return jnp.where(number == row, values, 0.0).sum(axis=1)
+
+
+def finish(refs, block, tiles, s: Shapes) -> None:
+    """Writes the block's columns of every row."""
+    dtype, start = refs.x.dtype, 0
+    for i, count in enumerate(s.blocks):
+
+        @pl.when((block >= start) & (block < start + count))
+        def _(start=start, out=refs.outs[i]):
+            for tile in range(s.tiles):
+                columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
+                for row in range(s.rows):
+                    y = column(tiles[tile], row, s)
+                    if s.gated:
+                        gate = y.astype(dtype).astype(jnp.float32)
+                        up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
+                        y = gate / (1.0 + jnp.exp(-gate)) * up
+                    if s.residual:
+                        there = load(refs.residual.at[row, columns], layout=PER_COLUMN, optimized=False)
+                        y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
+                    out[row, columns] = y.astype(dtype)
+
+        start += count
+
+
+class Refs:
+    """The kernel's refs by name."""
+
+    def __init__(self, **refs):
+        self.__dict__.update(refs)
+
+
+def tiled(*shape: int, dtype):
+    """A buffer in shared memory in the layout that TMA writes and wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def scratch(s: Shapes, dtype) -> dict:
+    buffers = {
+        "w_smem": tiled(s.stages, s.per_stage, BLOCK_K, TILE, dtype=dtype),
+        "rows_smem": tiled(2, s.padded, BLOCK_K, dtype=dtype),
+        "x_smem": plgpu.SMEM((s.stages, s.padded, BLOCK_K), dtype),
+        "ready": plgpu.Barrier(num_arrivals=s.per_stage + 1 + (s.eps is not None), num_barriers=s.stages),
+        "read": plgpu.Barrier(num_barriers=s.stages),
+    }
+    if s.eps is not None:
+        buffers |= {
+            "scale_smem": plgpu.SMEM((s.stages, BLOCK_K), dtype),
+            "sums": plgpu.SMEM((s.rows, 8), jnp.float32),
+        }
+    if s.keep_normed:
+        buffers["normed_smem"] = plgpu.SMEM((s.padded, BLOCK_K), dtype)
+    return buffers
+
+
+def call(x, weights, scale, residual, *, s: Shapes):
+    inputs = {"x": x, **{f"weight{i}": weight for i, weight in enumerate(weights)}}
+    if s.eps is not None:
+        inputs |= {"folded": x.reshape(s.rows, 8, s.width // 8), "scale": scale}
+    if s.residual:
+        inputs["residual"] = residual
+    outs = (s.outs[:1] if s.gated else s.outs) + (s.width,) * s.keep_normed
+
+    def body(*args, **buffers):
+        named = dict(zip(inputs, args[: len(inputs)], strict=True))
+        weight_refs = [named.pop(f"weight{i}") for i in range(len(weights))]
+        refs = Refs(**named, **buffers, weights=weight_refs, outs=args[len(inputs) :])
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        pl.when(warpgroup == 1)(lambda: bring(refs, block, s))
+
+        @pl.when(warpgroup == 0)
+        def _():
+            def accumulate(*accumulators):
+                compute(refs, block, s, *accumulators)
+                return [accumulator[...] for accumulator in accumulators]
+
+            accumulator = plgpu.ACC((TILE, s.padded), jnp.float32)
+            finish(refs, block, pl.run_scoped(accumulate, *[accumulator] * s.per_stage), s)
+
+    body.__name__ = f"row_matmul_{'gated' if s.gated else len(s.outs)}_tiles{s.tiles}_stages{s.stages}"
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct((s.rows, out), x.dtype) for out in outs),
+        scratch_types=scratch(s, x.dtype),
+        grid=(s.num_blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if s.interpret else {}),
+    )
+    return kernel(*inputs.values())
+
+
+call_once = jax.jit(call, static_argnames="s")  # traced and lowered once for all layers of a model
+
+
+def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None) -> None:
+    """Raises NotImplementedError for what the kernel was not written for."""
+    if x.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"dtype {x.dtype}: the matrix unit takes bfloat16 and float16")
+    if x.shape[0] > MAX_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows: it is written for up to {MAX_ROWS}")
+    if x.shape[1] % BLOCK_K:
+        raise NotImplementedError(f"{x.shape[1]} numbers per row: multiples of {BLOCK_K} fill its stages")
+    if norm is not None and x.shape[1] % 512:
+        raise NotImplementedError(f"a norm over {x.shape[1]} numbers: multiples of 512 fill its registers")
+    if wrong := [weight.shape[1] for weight in weights if weight.shape[1] % TILE]:
+        raise NotImplementedError(f"weights of {wrong} columns: multiples of {TILE} fill its tiles")
+    if jax.default_backend() == "gpu":
+        capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
+        if not capability[0].isdigit() or float(capability) != 9.0:
+            raise NotImplementedError(f"compute capability {capability}: it is written for NVIDIA Hopper")
+
+
+def row_matmul(
+    x: Float[Array, "rows D"],
+    weights: tuple[Array, ...],
+    *,
+    norm: Norm | None,
+    keep_normed: bool,
+    gated: bool,
+    residual: Float[Array, "rows out"] | None,
+    early: bool = False,
+    block_sizes: BlockSizes | None = None,
+) -> tuple[Array, ...]:
+    """See `api.row_matmul`."""
+    refuse(x, weights, norm)
+    shapes = Shapes(
+        rows=x.shape[0], width=x.shape[1], outs=tuple(weight.shape[1] for weight in weights), gated=gated,
+        residual=residual is not None, eps=None if norm is None else norm.eps,
+        keep_normed=keep_normed, tiles=1, stages=2, early=early, interpret=is_interpreted(),
+    )  # fmt: skip
+    sizes = block_sizes or heuristic(shapes)
+    if any(out % (TILE * sizes.tiles) for out in shapes.outs):
+        raise NotImplementedError(f"{sizes.tiles} tiles do not divide weights of {shapes.outs} columns")
+    shapes = dataclasses.replace(shapes, tiles=sizes.tiles, stages=sizes.stages)
+    return call_once(x, weights, None if norm is None else norm.scale, residual, s=shapes)

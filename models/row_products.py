@@ -1,0 +1,51 @@
+"""Products of few rows with weights, and what stands around them, as one kernel: a decode step on Hopper GPUs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from lragent_jax.kernels.row_matmul import Norm, dispatch, row_matmul
+
+MAX_ROWS = 16
+
+
+def row_products(
+    x: Float[Array, "B T D"],
+    weights: Sequence[Float[Array, "D out_width"]],
+    *,
+    norm: tuple[Float[Array, " D"], float] | None = None,
+    keep_normed: bool = False,
+    gated: bool = False,
+    residual: Float[Array, "B T out_width"] | None = None,
+    implementation: str | None,
+) -> list[Any] | None:
+    """`row_matmul` of the B·T rows, where it has a kernel for them: never for many rows, or where a mesh divides them.
+
+    `norm` is a scale and an epsilon. `implementation` is the one of attention: its name, too, if there is one of it.
+    None: nothing was done, and XLA's own operations are as good.
+    """
+    B, T, width = x.shape
+    if not dispatch.ENABLED_BY_DEFAULT or B * T > MAX_ROWS or is_divided():
+        return None
+    if implementation not in (None, "pallas_mosaic_gpu"):
+        return None
+    rows, weights = x.reshape(B * T, width), tuple(weights)
+    by = None if norm is None else Norm(*norm)
+    try:
+        chosen = dispatch.choose(implementation, rows, weights, by)
+    except NotImplementedError:
+        return None
+    if chosen == "xla":
+        return None
+    added = None if residual is None else residual.reshape(B * T, -1)
+    results = row_matmul(
+        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added, implementation=chosen
+    )
+    return [y.reshape(B, T, -1) for y in results]
+
+
+def is_divided() -> bool:
+    """Whether the mesh that `jax.set_mesh` made current, if any, has several devices."""
+    return jax.sharding.get_abstract_mesh().size > 1

@@ -96,10 +96,8 @@ def run_regimes(arguments: argparse.Namespace, keep: Callable[[Results], None]) 
     if arguments.ready:
         say("an engine from the start of its process on, twice …")
         layers = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-        ready = measure_ready(
-            ["--preset", arguments.preset, "--rank", str(arguments.rank), "--dtype", arguments.dtype, *layers]
-        )
-        keep({"ready": {"preset": arguments.preset, "dtype": arguments.dtype} | ready})
+        shapes = ["--preset", arguments.preset, "--rank", str(arguments.rank), "--dtype", arguments.dtype, *layers]
+        keep({"ready": {"preset": arguments.preset, "dtype": arguments.dtype} | measure_ready(shapes)})
     if not (arguments.trace or arguments.batch or arguments.memory):
         return
     setting = make_setting(arguments)

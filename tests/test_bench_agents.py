@@ -9,6 +9,7 @@ from script_modules import load_script
 from lragent_jax.measure import torch_peer, trace_run
 from lragent_jax.measure.page_budget import pool_options
 from lragent_jax.measure.react_trace import react_trace, spans
+from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.timing import DeviceSpeed
 from lragent_jax.measure.trace_run import clean_runs, trace_figures
 from lragent_jax.outputs import GenerationOutput
@@ -94,6 +95,24 @@ def test_the_peer_says_what_it_lacks(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_agents, "run_peers", lambda arguments: absent)
     found, _ = run("--peers")
     assert found == {"peers": absent, "targets": []}
+
+
+def test_a_second_process_compiles_nothing(run, monkeypatch):
+    toy = "--preset tiny --layers 1 --dtype float32 --pages 8 --prefill-buckets 16 --no-scoring"
+    found = measure_ready(toy.split())
+    for figures in found.values():
+        assert figures["num_programs"] == 3  # a chunk, decoding, sampling
+        assert all(figures[phase] >= 0 for phase in PHASES)
+        *until_ready, _ = (figures[phase] for phase in PHASES)
+        assert sum(until_ready) <= figures["ready_s"] + 0.01
+    cold, warm = found["cold"], found["warm"]
+    assert cold["num_compiled"] >= 3
+    assert warm["num_compiled"] == 0
+    assert warm["num_fetched"] == cold["num_compiled"] + cold["num_fetched"]
+    monkeypatch.setattr(bench_agents, "measure_ready", lambda arguments: found)
+    shown, _ = run("--ready")
+    assert shown["ready"]["warm"] == found["warm"]
+    assert [row["at most"] for row in shown["targets"]] == [15.0]
 
 
 def test_jax_takes_the_fraction_that_was_asked_for_unless_the_user_has_chosen(monkeypatch):

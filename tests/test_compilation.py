@@ -49,7 +49,8 @@ def test_no_program_copies_a_page_pool(mode):
     engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667, num_recomputed_pages=641)
     executor, cache = engine._executor, engine._cache.arrays
     common = (executor.graphdef, executor.params, executor.registry.bank, cache)
-    table, ids = executor.blank_table(1, executor.widths(1)[0], executor.low_rank_table_counts()[0]), np.zeros(1, np.int32)
+    table = executor.blank_table(1, executor.widths(1)[0], executor.low_rank_table_counts()[0])
+    ids = np.zeros(1, np.int32)
     sampling = sampling_arrays([], [], (), 1)
     state = generation.first_token(jnp.zeros((1, engine.config.vocab_size)), sampling)
     pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}

@@ -85,6 +85,14 @@ with CompileWatch() as watch:
     thread.start(); thread.join()
 assert done == [two, again] and watch.num_programs == 0, watch.num_programs
 
+# What warming up compiles for a mesh is what runs there, scoring included.
+fresh = two.with_sharing("base_lr", num_pages=61, prefill_buckets=(8,))
+fresh.warmup()
+with CompileWatch() as watch:
+    fresh.generate([3, 4, 5], "plan", max_new_tokens=2)
+    fresh.score(fresh.trajectory().append([3, 4, 5]), [6, 7], "action")
+assert watch.num_programs == 0, watch.num_programs
+
 # Random weights are drawn where they lie, and are the same everywhere.
 mesh = model_mesh(jax.devices()[:4])
 small = LlamaConfig(num_layers=1, width=8, mlp_width=8, num_heads=4, num_kv_heads=4, head_dim=2, vocab_size=8,

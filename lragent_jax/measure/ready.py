@@ -2,10 +2,12 @@
 
 A program of its own, that starts as a user's does: `python -m lragent_jax.measure.ready`. Options of the engine are
 the default ones but for the size of its pools. The last line of standard output is one line of JSON: seconds by phase,
-`ready_s` from the start of the process to the end of warm-up, and the number of programs.
+`ready_s` from the start of the process to the end of warm-up, the programs that warm-up built, and of all programs of
+the process, helpers included, how many were compiled and how many fetched from the cache on disk.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -16,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+from jax import monitoring
 
 from lragent_jax import compilation_cache
 from lragent_jax.measure.bench_model import BenchModel
@@ -62,6 +65,8 @@ def main() -> None:
     def ends(phase: str) -> None:
         phases[phase] = time.time() - started - sum(phases.values())
 
+    events: collections.Counter[str] = collections.Counter()
+    monitoring.register_event_listener(lambda event, **about: events.update([event]))
     compilation_cache.enable(arguments.cache)
     jax.block_until_ready(jax.numpy.zeros(()))
     ends("device_s")
@@ -71,14 +76,20 @@ def main() -> None:
     model = BenchModel(config, arguments.dtype, arguments.rank)
     jax.block_until_ready(model.params)
     ends("weights_s")
-    engine = model.engine(arguments.mode, config.context_length, num_pages=arguments.pages)
+    engine = model.engine(
+        arguments.mode, config.context_length, num_pages=arguments.pages, prefill_buckets=arguments.prefill_buckets
+    )
     ends("engine_s")
     warmup = engine.warmup(arguments.max_batch_size, scoring=arguments.scoring)
     ready = time.time() - started
     phases |= {"lower_s": warmup.lower_s, "compile_s": warmup.compile_s, "run_s": warmup.run_s}
     output = engine.generate(random_ids(engine, 100), model.agents[0], exactly(8))
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cores": os.cpu_count()}
-    sizes = {"max_batch_size": arguments.max_batch_size, "mode": arguments.mode, "num_programs": warmup.num_programs}
+    sizes = {
+        "mode": arguments.mode, "max_batch_size": arguments.max_batch_size, "num_programs": warmup.num_programs,
+        "num_compiled": events["/jax/compilation_cache/cache_misses"],
+        "num_fetched": events["/jax/compilation_cache/cache_hits"],
+    }  # fmt: skip
     seconds = phases | {"request_s": output.latency_s, "ready_s": ready}
     print(json.dumps(about | sizes | {name: round(value, 3) for name, value in seconds.items()}))
 
@@ -93,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--mode", default="base_lr", help="how agents share the cache")
     add("--pages", type=int, default=PAGES)
     add("--max-batch-size", type=int, default=1, help="rows of the largest batch to warm up for")
+    add("--prefill-buckets", type=lambda text: [int(n) for n in text.split(",")], help="chunk lengths; default ones")
     add("--no-scoring", dest="scoring", action="store_false", help="leave out what only scoring takes")
     add("--cache", help="folder of compiled programs, the user's by default")
     add("--started", type=float, help="when the process was started, in seconds since 1970")

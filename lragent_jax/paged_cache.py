@@ -117,20 +117,31 @@ class PagedCache:
         self.holders: Iterable[Holder] = ()
         self.use = AdapterUse()
         self.num_losses = 0
+        self.is_doubtful = False
         self.arrays = self._allocate()
 
     def recover(self) -> bool:
         """Allocates the arrays again if they are gone; True if they were, and with them what is on every page.
 
         Programs take the arrays and give them back. A call that is interrupted in between, by Ctrl-C or an error of
-        the device, leaves none.
+        the device, leaves none. A program that fails on the device itself leaves arrays without values: that takes a
+        wait to find out, and is looked for where `is_doubtful` says that something went wrong.
         """
-        if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)):
+        doubtful, self.is_doubtful = self.is_doubtful, False
+        if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)) and not (doubtful and self._failed()):
             return False
         self.num_losses += 1
         self.prefixes.drop(lambda key: False)
         self.arrays = self._allocate()
         return True
+
+    def _failed(self) -> bool:
+        """Whether the program that was to write the arrays did not."""
+        try:
+            jax.block_until_ready(self.arrays)
+        except jax.errors.JaxRuntimeError:
+            return True
+        return False
 
     def _allocate(self) -> Cache:
         num_pages = self.pools["base"].num_pages

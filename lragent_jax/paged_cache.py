@@ -275,19 +275,21 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
-            idle = self._idle_pages(pool)
-            cached = sum(pool.num_references(page) == 1 for page in in_tree)
-            num_idle = sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
+            cached, idle = pool.num_kept_alone, self._idle_pages(pool)
+            num_idle = sum(pool.num_references(page) == count + pool.is_kept(page) for page, count in idle.items())
             stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, num_idle, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
 
     def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
         """Pages that trajectories could let go, and how many of them hold each."""
-        runs = [run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool]
-        return collections.Counter(
-            page for run in runs for index, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(index)
-        )
+        counts: collections.Counter[int] = collections.Counter()
+        for run in (run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool):
+            if all(span.rebuildable for span in run.spans):
+                counts.update(run.pages)
+            else:
+                counts.update(page for index, page in enumerate(run.pages) if run.can_rebuild(index))
+        del counts[HOLE]
+        return counts
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
         config, pools = self.config, []

@@ -19,7 +19,7 @@ from lragent_jax.executor import Executor, Row
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.held_pages import add_pages, held_pages
 from lragent_jax.metrics import EngineMetrics, Metrics
-from lragent_jax.models.errors import AdapterError, OutOfPagesError
+from lragent_jax.models.errors import AdapterError, OutOfPagesError, TrajectoryBusyError
 from lragent_jax.paged_cache import Claim
 from lragent_jax.request import Request
 from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, plan_step
@@ -164,6 +164,7 @@ class Batcher:
             self._deferred.popleft()  # not before: one that was interrupted is done again
         self._trajectories.release_abandoned()
         if self._cache.recover():  # token ids and writers survive: it is rebuilt as it was when it is read next
+            self._executor.forget_slots()
             for trajectory in self._trajectories:
                 trajectory.pages_lost()
         if self._cache.num_losses != self._num_losses:
@@ -233,6 +234,23 @@ class Batcher:
         self._leave(request, ends=False)
         bisect.insort(self._waiting, request, key=lambda other: other.id)
 
+    def pause(self, *, without: str) -> None:
+        """Takes everybody out of the batch, to go on in the next step; `TrajectoryBusyError` if agent `without` runs.
+
+        Called inside `exclusive`, as is `make_room`.
+        """
+        undone = [request for request in (*self._arrivals, *self._waiting, *self._running.values()) if not request.done]
+        if any(request.agent == without for request in undone):
+            raise TrajectoryBusyError(f"a call of agent {without!r} is not done: wait for it, or end it")
+        self._restart()
+
+    def make_room(self) -> bool:
+        """Preempts who came last, for a call that runs beside the batch; False if there is nobody."""
+        if self._running:
+            self._preempt(self._running[max(self._running)])
+            return True
+        return False
+
     def _preempt(self, request: Request) -> None:
         """Takes a request's pages for others."""
         self._suspend(request)
@@ -250,6 +268,7 @@ class Batcher:
             self._step()
         except BaseException:  # Ctrl-C included: whoever drove has the error, the others their requests
             self._restart()
+            self._cache.is_doubtful = True
             raise
 
     def _step(self) -> None:

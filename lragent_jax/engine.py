@@ -22,7 +22,7 @@ from lragent_jax.metrics import EngineMetrics
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError, TrajectoryClosedError
+from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
 from lragent_jax.options import EngineOptions, weight_dtype
@@ -239,13 +239,11 @@ class Engine:
         """Removes an agent, and every page that no remaining agent can read.
 
         What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
-        changes nothing, while one is being extended.
+        changes nothing, while a request under that name is not done; the requests of others go on.
         """
-        with self.batcher.exclusive(), contextlib.ExitStack() as held:
-            for trajectory in self._trajectories:
-                with contextlib.suppress(TrajectoryClosedError):  # by another thread, just now
-                    held.enter_context(trajectory.extending())
+        with self.batcher.exclusive():
             content = self._registry.find(name).keys.content
+            self.batcher.pause(without=name)  # rows of the bank are numbered anew
             self._registry.remove(name)
             in_use = self._keys_in_use()
             for holder in (*self._trajectories, self._cache.prefixes):
@@ -403,8 +401,14 @@ class Engine:
         self.caller.check_own(trajectory)
         with trajectory.extending(), self.batcher.exclusive():
             self.caller.room(trajectory)
-            ids = trajectory.checked_ids(token_ids)
-            return scoring.score(self._executor, trajectory, ids, self._registry.find(agent), started)
+            ids, adapter = trajectory.checked_ids(token_ids), self._registry.find(agent)
+            while True:
+                try:
+                    return scoring.score(self._executor, trajectory, ids, adapter, started)
+                except OutOfPagesError:  # before anything was run
+                    self._cache.check_fits(len(trajectory) + len(ids), self._executor.pools_read(adapter))
+                    if not self.batcher.make_room():
+                        raise
 
 
 def _encode(tokenizer: Tokenizer | None, text: str, first: bool) -> list[int]:

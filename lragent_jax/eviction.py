@@ -130,13 +130,17 @@ class _Plan:
         self._worth_of, self._writers = worth_of, writers
         self._in_tree: dict[PagePool, dict[int, tuple[PageNode, PageKey]]] = collections.defaultdict(dict)
         self._in_runs: dict[PagePool, dict[int, list[_Share]]] = collections.defaultdict(dict)
+        self._ends: dict[PagePool, set[int]] = collections.defaultdict(set)  # all that may have nothing behind them
         self._pinned: set[tuple[PagePool, int]] = set()
         self._let_go_of: collections.Counter[tuple[PagePool, int]] = collections.Counter()
         self.freed: collections.Counter[PagePool] = collections.Counter()
         self.victims: list[Victim] = []
         for node in tree.nodes():
+            followed = set[PageKey]().union(*(child.pages for child in node.children.values()))
             for key, cached in node.pages.items():
                 self._in_tree[cached.pool][cached.page] = node, key
+                if key not in followed:
+                    self._ends[cached.pool].add(cached.page)
         for holder in holders:
             runs = holder.idle_runs
             for key, run in runs.items():
@@ -144,12 +148,15 @@ class _Plan:
                 for index, page in enumerate(run.pages):
                     if page != HOLE:
                         of_pool.setdefault(page, []).append(_Share(holder, runs, key, index))
+                        if run.page(index + 1) == HOLE:
+                            self._ends[run.pool].add(page)
                 if not all(span.rebuildable for span in run.spans):
                     self._pin(runs, key)
 
     def take(self, pool: PagePool, count: int) -> None:
         """Decides until `count` pages of `pool` come free, or no more would."""
-        pages = {*self._in_tree[pool], *self._in_runs[pool]}
+        # Where pages stay that nobody could write again, those in front of them may go: then all are looked at.
+        pages = {*self._in_tree[pool], *self._in_runs[pool]} if self._pinned else self._ends[pool]
         heap = [(self._worth(pool, page), page) for page in pages if self._may_go(pool, page)]
         heapq.heapify(heap)
         while heap and self.freed[pool] < count:
@@ -209,7 +216,7 @@ class _Plan:
 
     def _remove(self, pool: PagePool, page: int) -> Iterable[int]:
         """Lets a page go from all who share it, with what is worthless without it; which ones it was behind of."""
-        before = set()
+        before: set[int] = set()
         if page in self._in_tree[pool]:
             node, key = self._in_tree[pool][page]
             self.victims.append(Victim(key, node.index, node=node))  # takes along what is beside it
@@ -218,11 +225,17 @@ class _Plan:
                 if self._in_tree[cached.pool].pop(cached.page, None):
                     self._let_go(cached.pool, cached.page)
             assert node.parent is not None, "the root holds no pages"
-            before |= {cached.page for cached in node.parent.pages.values() if cached.pool is pool}
+            for cached in node.parent.pages.values():
+                self._ends[cached.pool].add(cached.page)
+                if cached.pool is pool:
+                    before.add(cached.page)
         for share in list(self._in_runs[pool].get(page, ())):
             for other in (share.key, *_beside(share.runs, share.key)):
                 self._let_go_share(share._replace(key=other))
-            before |= {run.page(share.at - 1) for run in share.runs.values() if run.pool is pool and share.at}
+            for run in share.runs.values() if share.at else ():
+                self._ends[run.pool].add(run.page(share.at - 1))
+                if run.pool is pool:
+                    before.add(run.page(share.at - 1))
         return before
 
     def _let_go_share(self, share: _Share) -> None:

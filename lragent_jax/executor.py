@@ -127,7 +127,11 @@ class Executor:
         self.decode_block, self.implementation = decode_block, implementation
         self.max_batch_size, self.token_budget = max_batch_size, token_budget
         self.prefix_cache = prefix_cache
-        self.slots = Slots.empty(max_batch_size)
+        self.forget_slots()
+
+    def forget_slots(self) -> None:
+        """Nobody stands anywhere."""
+        self.slots = Slots.empty(self.max_batch_size)
 
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
         """The row, with every page that its runs lack and somebody else has written for the same tokens.

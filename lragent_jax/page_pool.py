@@ -9,6 +9,9 @@ class PagePool:
     def __init__(self, num_pages: int):
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack; the lowest page comes first
+        self._kept: set[int] = set()
+        self.num_kept_alone = 0
+        """Pages that the prefix cache keeps and nobody else holds."""
 
     @property
     def num_pages(self) -> int:
@@ -35,6 +38,7 @@ class PagePool:
         if not self._references[page]:
             raise ValueError(f"page {page} is free and cannot be shared")
         self._references[page] += 1
+        self.num_kept_alone -= self._references[page] == 2 and page in self._kept
 
     def release(self, page: int) -> None:
         """One holder less; the last one frees the page."""
@@ -43,6 +47,22 @@ class PagePool:
         self._references[page] -= 1
         if not self._references[page]:
             self._free.append(page)
+        self.num_kept_alone += self._references[page] == 1 and page in self._kept
+
+    def keep(self, page: int) -> None:
+        """`share` for the prefix cache, which holds a page once."""
+        self.share(page)
+        self._kept.add(page)
+
+    def let_go(self, page: int) -> None:
+        """`release` for the prefix cache."""
+        self._kept.remove(page)
+        self.num_kept_alone -= self._references[page] == 1
+        self.release(page)
+
+    def is_kept(self, page: int) -> bool:
+        """Whether the prefix cache holds the page."""
+        return page in self._kept
 
     def num_references(self, page: int) -> int:
         """How many runs hold the page."""

@@ -117,20 +117,31 @@ class PagedCache:
         self.holders: Iterable[Holder] = ()
         self.use = AdapterUse()
         self.num_losses = 0
+        self.is_doubtful = False
         self.arrays = self._allocate()
 
     def recover(self) -> bool:
         """Allocates the arrays again if they are gone; True if they were, and with them what is on every page.
 
         Programs take the arrays and give them back. A call that is interrupted in between, by Ctrl-C or an error of
-        the device, leaves none.
+        the device, leaves none. A program that fails on the device itself leaves arrays without values: that takes a
+        wait to find out, and is looked for where `is_doubtful` says that something went wrong.
         """
-        if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)):
+        doubtful, self.is_doubtful = self.is_doubtful, False
+        if not any(pool.is_deleted() for pool in jax.tree.leaves(self.arrays)) and not (doubtful and self._failed()):
             return False
         self.num_losses += 1
         self.prefixes.drop(lambda key: False)
         self.arrays = self._allocate()
         return True
+
+    def _failed(self) -> bool:
+        """Whether the program that was to write the arrays did not."""
+        try:
+            jax.block_until_ready(self.arrays)
+        except jax.errors.JaxRuntimeError:
+            return True
+        return False
 
     def _allocate(self) -> Cache:
         num_pages = self.pools["base"].num_pages
@@ -264,19 +275,21 @@ class PagedCache:
         }
         stats = {}
         for name, pool in self.pools.items():
-            in_tree = collections.Counter(page.page for page in self.prefixes.pages(pool))
-            idle = self._idle_pages(pool)
-            cached = sum(pool.num_references(page) == 1 for page in in_tree)
-            num_idle = sum(pool.num_references(page) == count + in_tree[page] for page, count in idle.items())
+            cached, idle = pool.num_kept_alone, self._idle_pages(pool)
+            num_idle = sum(pool.num_references(page) == count + pool.is_kept(page) for page, count in idle.items())
             stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, num_idle, bytes_per_page[name])
         return CacheStats(**stats, page_size=p)
 
     def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
         """Pages that trajectories could let go, and how many of them hold each."""
-        runs = [run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool]
-        return collections.Counter(
-            page for run in runs for index, page in enumerate(run.pages) if page != HOLE and run.can_rebuild(index)
-        )
+        counts: collections.Counter[int] = collections.Counter()
+        for run in (run for holder in self.holders for run in holder.idle_runs.values() if run.pool is pool):
+            if all(span.rebuildable for span in run.spans):
+                counts.update(run.pages)
+            else:
+                counts.update(page for index, page in enumerate(run.pages) if run.can_rebuild(index))
+        del counts[HOLE]
+        return counts
 
     def _base_pools(self) -> tuple[jax.Array, ...]:
         config, pools = self.config, []

@@ -162,7 +162,7 @@ class PrefixTree:
                 parent.children[node.token_ids] = node
                 path.append(node)
             for key, cached in new.items():
-                cached.pool.share(cached.page)
+                cached.pool.keep(cached.page)
                 node.pages[key] = cached
             for key, run in runs.items():
                 if _same_page(run, node, key) and key in node.spans and key not in new:
@@ -180,7 +180,7 @@ class PrefixTree:
             keys += [other for other in node.pages if other.pool != "base"]
         for gone in keys:
             cached = node.pages.pop(gone)
-            cached.pool.release(cached.page)
+            cached.pool.let_go(cached.page)
         if not node.pages and node.parent is not None:
             del node.parent.children[node.token_ids]
             node.parent = None

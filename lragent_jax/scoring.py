@@ -31,6 +31,7 @@ def score(
                 hidden = executor.read_chunk(row, chunk)
                 logits.append(np.asarray(executor.unembed(hidden))[0, : chunk.num_tokens])
     except BaseException:
+        executor.cache.is_doubtful = True
         trajectory.truncate(length)
         raise
     finally:

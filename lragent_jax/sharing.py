@@ -8,7 +8,7 @@ and reuses the others, as DroidSpeak does (arXiv 2411.02820).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lragent_jax.models.errors import InputError
 
@@ -34,8 +34,7 @@ class AdapterKeys:
 BASE_MODEL = AdapterKeys(content=None, a_group=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class PageKey:
+class PageKey(NamedTuple):
     """Names a page run of a trajectory. `owner` is None where everybody shares it, and for the base model's own."""
 
     pool: PoolName

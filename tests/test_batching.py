@@ -1,92 +1,29 @@
 """Requests that run together: who joins and leaves when, what is never lost, and that nobody notices the others."""
 
 import asyncio
-import collections
 import functools
 import random
 
 import jax
 import pytest
-from engines import CONFIG, ascii_tokenizer, tiny_engine
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from batches import (
+    QUESTION,
+    abandon,
+    check_references,
+    eight_agents,
+    engine_for,
+    fill,
+    num_held,
+    opened,
+    run_to_the_end,
+    step,
+)
+from engines import ascii_tokenizer
 from tolerances import assert_close
 
 from lragent_jax.async_engine import AsyncEngine
-from lragent_jax.calls import Call
-from lragent_jax.engine import Engine
-from lragent_jax.models.adapter import Adapter, random_adapter
-from lragent_jax.models.errors import AdapterError, OutOfPagesError, TrajectoryBusyError
-from lragent_jax.page_run import HOLE
+from lragent_jax.models.errors import OutOfPagesError, TrajectoryBusyError
 from lragent_jax.sampling_params import SamplingParams
-
-QUESTION = [(7 * i + 3) % 128 for i in range(43)]  # five full pages of 8 and a piece
-# One set of shapes for the whole file: programs are compiled once per mode. Small pools are made by taking pages out.
-OPTIONS = {
-    "num_pages": 192, "num_low_rank_pages": 288, "prefill_buckets": (8,), "prefill_tokens": 64, "max_batch_size": 8,
-    "max_adapters": 8, "prefix_cache": True,
-}  # fmt: skip
-
-
-@functools.cache
-def eight_agents() -> dict[str, Adapter]:
-    """In three A-groups: agent0, agent3 and agent6 share their A."""
-    return {
-        f"agent{i}": random_adapter(CONFIG, rank=4, targets=("q", "v"), seed=i, shared_a_seed=i % 3, scale=0.3)
-        for i in range(8)
-    }
-
-
-def engine_for(mode: str, **options) -> Engine:
-    return tiny_engine(mode, eight_agents(), **{**OPTIONS, **options})
-
-
-def fill(engine: Engine, num_left: int, num_low_rank: int | None = None) -> None:
-    """Takes pages out of every pool for good: a small pool under the programs of a large one."""
-    for name, pool in engine._cache.pools.items():
-        while pool.num_free > (num_low_rank or num_left if name == "low_rank" else num_left):
-            pool.allocate()
-
-
-def num_held(engine: Engine) -> dict[str, int]:
-    stats = engine.cache_stats()
-    return {name: getattr(stats, name).pages_used for name in ("base", "low_rank", "recomputed")}
-
-
-def step(engine: Engine) -> None:
-    if engine.batcher.has_work:
-        asked = iter((False, True))
-        engine.batcher.drive(lambda: next(asked))
-
-
-def run_to_the_end(engine: Engine, *calls: Call) -> None:
-    engine.batcher.drive(lambda: all(call.is_over for call in calls))
-
-
-def opened(engine: Engine, prompt, agent=None, **sampling) -> Call:
-    return engine.caller.open([prompt], [agent], [SamplingParams(**sampling)])
-
-
-def abandon(engine: Engine, call: Call) -> None:
-    engine.batcher.finish(call.abandon)
-
-
-def check_references(engine: Engine, taken: dict[str, int] | None = None) -> None:
-    """Every page has as many holders as its pool counts; `taken` by the test itself, per pool."""
-    held: dict[int, collections.Counter] = {id(pool): collections.Counter() for pool in engine._cache.pools.values()}
-    for trajectory in engine._trajectories:
-        for run in trajectory._runs.values():
-            held[id(run.pool)].update(page for page in run.pages if page != HOLE)
-    for pool in engine._cache.pools.values():
-        held[id(pool)].update(cached.page for cached in engine._cache.prefixes.pages(pool))
-    for name, pool in engine._cache.pools.items():
-        counts = [pool.num_references(page) for page in range(pool.num_pages)]
-        holders = held[id(pool)]
-        surplus = [count - holders[page] for page, count in enumerate(counts)]
-        assert set(surplus) <= {0, 1}
-        assert sum(surplus) == (taken or {}).get(name, 0), f"{name}: pages without a holder"
-        assert all(not holders[page] for page, extra in enumerate(surplus) if extra)
-
 
 # Joining and leaving.
 
@@ -307,78 +244,76 @@ def test_an_error_is_its_drivers_and_others_go_on(monkeypatch):
     check_references(engine)
 
 
-# Anything in any order.
+def test_an_adapter_is_unloaded_beside_those_that_run():
+    """Rows of the bank are numbered anew, and whoever was in the batch goes on as if nothing had been."""
+    engine = engine_for("none")
+    want = [engine.generate(QUESTION, name, max_new_tokens=20).token_ids for name in ("agent3", "agent5")]
+    calls = [opened(engine, QUESTION, name, max_new_tokens=20) for name in ("agent3", "agent5")]
+    while not calls[1].requests[0].generated.token_ids:
+        step(engine)
+    with pytest.raises(TrajectoryBusyError, match="'agent5' is not done"):
+        engine.unload_adapter("agent5")
+    engine.unload_adapter("agent1")
+    run_to_the_end(engine, *calls)
+    assert [call.requests[0].output().token_ids for call in calls] == want
+    for call in calls:
+        call.end()
+    engine.unload_adapter("agent5")
+    check_references(engine)
 
 
-BEGINNINGS = [QUESTION[:16], QUESTION[:16] + [5] * 8, QUESTION[::-1][:10]]
-actions = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), st.integers(0, 2), st.integers(0, 5), st.integers(0, 7), st.integers(1, 30)),
-        st.tuples(st.just("step"), st.integers(1, 3)),
-        st.tuples(st.just("cancel"), st.integers(0, 9)),
-        st.tuples(st.just("load"), st.integers(0, 7)),
-        st.tuples(st.just("unload"), st.integers(0, 7)),
-    ),
-    max_size=25,
-)
+def test_scoring_takes_pages_from_who_runs_and_that_one_goes_on():
+    engine, roomy = engine_for("none"), engine_for("none")
+    want = roomy.generate(QUESTION, "agent0", max_new_tokens=30).token_ids
+    fill(engine, 12)  # ten for the one, seven for the other
+    taken = num_held(engine)
+    call = opened(engine, QUESTION, "agent0", max_new_tokens=30)
+    step(engine)
+    step(engine)
+    with engine.trajectory().append(QUESTION[::-1]) as other, roomy.trajectory().append(QUESTION[::-1]) as same:
+        got, expected = engine.score(other, [1, 2, 3], "agent3"), roomy.score(same, [1, 2, 3], "agent3")
+        assert_close(got, expected, "equal")
+        assert engine.metrics().num_preempted == 1
+        step(engine)
+        assert call.requests[0].row is not None
+        with pytest.raises(OutOfPagesError, match="this call needs 193 base pages of 8 tokens, there are 192"):
+            engine.next_token_logits(other.append([1] * 1491), "agent3")
+        assert engine.metrics().num_preempted == 1, "in vain for anybody"
+    run_to_the_end(engine, call)
+    assert call.requests[0].output().token_ids == want
+    call.end()
+    check_references(engine, taken)
 
 
-@functools.cache
-def stressed(mode: str) -> tuple[Engine, dict[str, int], Engine]:
-    """An engine with few pages, how many of them are out of reach, and one with many."""
-    engine = engine_for(mode, reserved_tokens=4)
-    fill(engine, 10, num_low_rank=30)  # what was written by another A-group may have to be rebuilt, with its pages
-    return engine, num_held(engine), engine_for(mode)
+def test_arrays_that_a_failed_program_left_are_made_anew(monkeypatch):
+    """They are there, and whoever waits for them has the program's error."""
+    engine = engine_for("none")
+    want = engine.generate(QUESTION, "agent0", max_new_tokens=12).token_ids
+    failed, wait = engine._cache.arrays, jax.block_until_ready
+
+    def block_until_ready(tree):
+        if tree is failed:
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device gave up")
+        return wait(tree)
+
+    def fail(*args):
+        engine._cache.arrays = failed
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device gave up")
+
+    call, slots = opened(engine, QUESTION, "agent0", max_new_tokens=12), engine._executor.slots
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._executor, "run_chunks", fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="gave up"):
+            engine.generate(QUESTION, "agent3", max_new_tokens=3)
+    run_to_the_end(engine, call)
+    assert engine._cache.num_losses == 1
+    assert engine._executor.slots is not slots
+    assert call.requests[0].output().token_ids == want
+    call.end()
 
 
-@pytest.mark.parametrize("mode", ["none", "base_lr"])
-def test_anything_in_any_order_leaves_everything_consistent(mode):
-    engine, taken, calm = stressed(mode)
-    alone = functools.cache(lambda ids, agent, n: calm.generate(list(ids), agent, max_new_tokens=n).token_ids)
-    num_preempted = 0
-
-    @settings(max_examples=20, deadline=None, derandomize=True)
-    @given(actions)
-    @example([("submit", 0, i, i, 30) for i in range(5)])
-    def run(todo):
-        nonlocal num_preempted
-        calls: list[tuple[Call, tuple]] = []
-        for what, *numbers in todo:
-            if what == "submit":
-                beginning, end, agent, count = numbers
-                ids, name = (*BEGINNINGS[beginning], end, end + 1, 9), f"agent{agent}"
-                try:
-                    calls.append((opened(engine, list(ids), name, max_new_tokens=count), (ids, name, count)))
-                except AdapterError:
-                    assert name not in engine.agents
-            elif what == "step":
-                for _ in range(numbers[0]):
-                    step(engine)
-            elif what == "cancel" and calls:
-                call, _ = calls.pop(numbers[0] % len(calls))
-                abandon(engine, call)
-            elif what == "load" and f"agent{numbers[0]}" not in engine.agents:
-                engine.load_adapter(f"agent{numbers[0]}", eight_agents()[f"agent{numbers[0]}"])
-            elif what == "unload" and f"agent{numbers[0]}" in engine.agents:
-                try:
-                    engine.unload_adapter(f"agent{numbers[0]}")
-                except TrajectoryBusyError:
-                    assert calls, "nobody holds a trajectory"
-            check_references(engine, taken)
-        run_to_the_end(engine, *(call for call, _ in calls))
-        for call, asked in calls:
-            call.check()
-            call.end()
-            if mode == "none":
-                assert call.requests[0].output().token_ids == alone(*asked)
-        assert num_held(engine) == taken
-        for name, adapter in eight_agents().items():
-            if name not in engine.agents:
-                engine.load_adapter(name, adapter)
-        num_preempted = engine.metrics().num_preempted
-
-    run()
-    assert num_preempted > 0, "the pool is too large to test anything"
+# A real load.
 
 
 def test_two_thousand_requests_of_sixty_trajectories_and_eight_agents():

@@ -215,7 +215,7 @@ def test_a_second_call_on_one_trajectory_raises(engine):
     next(stream)
     for call in (
         lambda: engine.generate(trajectory, "action"), lambda: trajectory.append([1]), lambda: trajectory.fork(),
-        lambda: trajectory.rollback(1), lambda: trajectory.close(), lambda: engine.unload_adapter("reflect"),
+        lambda: trajectory.rollback(1), lambda: trajectory.close(), lambda: engine.unload_adapter("plan"),
         lambda: engine.generate([engine.trajectory().append([1]), trajectory], "plan"),
     ):  # fmt: skip
         with pytest.raises(TrajectoryBusyError):

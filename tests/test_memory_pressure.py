@@ -38,7 +38,8 @@ def toured(engine: Engine) -> Trajectory:
 
 
 def lose_arrays(engine: Engine) -> None:
-    jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)
+    with engine.batcher.exclusive():  # no program has them
+        jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)
 
 
 def held(trajectory: Trajectory) -> int:

@@ -297,6 +297,8 @@ def test_any_history_is_consistent(operations):
                 references[key.pool, cached.page] = references.get((key.pool, cached.page), 0) + 1
         assert all(len(said) == 1 for said in holds.values())
         for pool_name, pool in pools.items():
+            kept = [cached.page for cached in tree.pages(pool)]
+            assert pool.num_kept_alone == sum(pool.num_references(page) == 1 for page in kept)
             assert pool.num_used == len([page for of, page in references if of == pool_name])
         assert all(pools[of].num_references(page) == count for (of, page), count in references.items())
     for context in contexts:

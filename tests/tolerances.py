@@ -26,3 +26,15 @@ def assert_close(got, want, what: str, dtype: str = "float32") -> None:
     error = np.abs(got - want) / (1 + np.abs(want))
     worst = float(error.max()) if error.size else 0.0
     assert worst <= TOLERANCES[what, dtype], f"{what} ({dtype}): off by {worst:.2e}"
+
+
+TOKEN_MARGIN = 1e-3
+"""Where the best two logits of a row are closer, rounding may decide which token greedy decoding takes."""
+
+
+def assert_greedy(token_ids, logits) -> None:
+    """Fails where a token is not the best of its row [T, V], unless it is less than the margin behind it."""
+    logits, token_ids = np.asarray(logits, np.float64), np.asarray(token_ids)
+    assert len(token_ids) == len(logits), f"{len(token_ids)} tokens and {len(logits)} rows of logits"
+    behind = logits.max(axis=1) - np.take_along_axis(logits, token_ids[:, None], 1)[:, 0]
+    assert (behind < TOKEN_MARGIN).all(), f"greedy decoding took a lesser token, {behind.max():.2e} behind the best"

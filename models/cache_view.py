@@ -111,7 +111,10 @@ class LayerCache:
 
 
 def _token_slots(
-    page_indices: Int[HostOrDevice, "B W"], write_from: Int[HostOrDevice, " B"], table: PageTable, num_tokens: int,
+    page_indices: Int[HostOrDevice, "B W"],
+    write_from: Int[HostOrDevice, " B"],
+    table: PageTable,
+    num_tokens: int,
     page_size: int,
 ) -> Int[Array, "B T"]:
     """page · p + slot of every query slot; −1 where it is padding, or was written before."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from typing import Any
 
 import aot
 import jax
@@ -117,7 +118,7 @@ def make(case: Case) -> Call:
     return Call(Projections(q, k, v, delta if case.delta else None), angles, new, cache, table)
 
 
-def expected(case: Case, call: Call) -> tuple[np.ndarray, ...]:
+def expected(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
     """q, and the three pools, written token by token; in f32."""
 
     def rotate(x, angles):
@@ -127,22 +128,24 @@ def expected(case: Case, call: Call) -> tuple[np.ndarray, ...]:
 
     q, k, v, delta = call.projections
     q_out = rotate(q if delta is None else q + delta, call.angles)
-    cache = (call.cache.kv, call.cache.low_rank_v, call.cache.low_rank_k)
-    kv, *low_rank = (None if pool is None else np.array(pool, np.float32) for pool in cache)
+    kv = np.array(call.cache.kv, np.float32)
+    low_rank = [
+        None if pool is None else np.array(pool, np.float32) for pool in (call.cache.low_rank_v, call.cache.low_rank_k)
+    ]
     k_out = None if k is None else rotate(k, call.angles)
     for b, (start, kv_len, write_from, lr_from) in enumerate(case.rows):
         for t, position in enumerate(range(start, min(kv_len, start + case.T))):
             column, slot = divmod(position, case.p)
-            if k_out is not None and position >= write_from:
+            if k_out is not None and v is not None and position >= write_from:
                 page = call.table.base[b, column]
                 kv[page, :, slot] = np.concatenate([k_out[b, t], np.asarray(v[b, t], np.float32)], axis=-1)
             for g, first in enumerate(lr_from):
                 if position < max(first, 0):
                     continue
                 for pool, new in zip(low_rank, call.low_rank, strict=True):
-                    if new is not None:
+                    if pool is not None and new is not None:
                         pool[call.table.low_rank[g, b, column], :, slot] = np.asarray(new[g, b, t], np.float32)
-    return q_out, kv, *low_rank
+    return q_out, kv, low_rank
 
 
 def run(call: Call, implementation: str):
@@ -159,7 +162,7 @@ def run(call: Call, implementation: str):
 
 def check(case: Case, got) -> None:
     q, cache = got
-    want_q, want_kv, *want_low_rank = expected(case, make(case))
+    want_q, want_kv, want_low_rank = expected(case, make(case))
     live = ~np.isnan(want_q)
     assert_close(np.asarray(q, np.float32)[live], want_q[live], "rope", "bfloat16")
     (k, v), (want_k, want_v) = (np.split(np.asarray(x, np.float32), 2, axis=-1) for x in (cache.kv, want_kv))
@@ -182,7 +185,7 @@ def test_scatters_put_tokens_where_the_table_says_and_nowhere_else(case):
 def test_the_kernel_puts_tokens_where_the_table_says_and_nowhere_else(case, few, monkeypatch, capsys):
     monkeypatch.setattr(pallas_mosaic_gpu, "FEW_TOKENS", few)
     monkeypatch.setattr(page_write, "ON_GPUS", ("pallas_mosaic_gpu",))
-    pallas_mosaic_gpu.call.clear_cache()
+    jax.clear_caches()  # the constant is no argument of the function that is traced once
     check(case, run(make(case), "pallas_mosaic_gpu"))
     assert "RACE" not in capsys.readouterr().out
 
@@ -199,7 +202,7 @@ def test_a_token_of_padding_cannot_reach_a_page_even_by_a_wrong_slot():
 
 
 def arguments(dtype="bfloat16", N=8, K=4, H=128, p=16, T=1, base=True) -> tuple:
-    def array(*shape, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+    def array(*shape, dtype: str = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     q, k = array(2, T, N, H), array(2, T, K, H) if base else None
@@ -259,7 +262,7 @@ def test_an_implementation_that_does_not_exist_is_named():
 def compiled_for_h100(program: str, batch: int, tokens: int):
     config = LlamaConfig(
         vocab_size=512, width=1024, mlp_width=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5,
+        rope_theta=1e4, norm_eps=1e-5, context_length=4096,
     )  # fmt: skip
     workload = Workload(
         config=config, mesh=model_mesh(aot.h100().devices.flatten()), page_size=64, pages=700, width=64, rank=8,
@@ -275,7 +278,7 @@ def compiled_for_h100(program: str, batch: int, tokens: int):
 )
 def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens):
     compiled, pools = compiled_for_h100(program, batch, tokens)
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     assert len(re.findall(r"custom-call\(.*rotate_and_write_h128", text)) == 2
     assert not re.search(r"%\S*scatter\S* = bf16", text)
     assert aot.copies_of(compiled, *pools) == []
@@ -285,8 +288,9 @@ def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens)
 def test_a_chunk_of_prefill_joins_no_weights_and_pads_no_queries():
     """A chunk that is no multiple of the attention kernel's tile, and larger than what XLA may join products for."""
     tokens = 320
-    assert tokens % 128 and tokens > FEW_ROWS
-    text = compiled_for_h100("prefill", 1, tokens)[0].as_text()
+    assert tokens % 128
+    assert tokens > FEW_ROWS
+    text = compiled_for_h100("prefill", 1, tokens)[0].as_text() or ""
     assert not re.search(r"= \(?bf16\[1024,(2048|2064)\]\S*( fusion| concatenate)", text)  # [W_q | W_k | W_v (| A)]
     assert "bf16[1,384,8,128]" not in text
     assert "bf16[1,384,1024]" not in text

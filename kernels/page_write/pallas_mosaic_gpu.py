@@ -169,7 +169,9 @@ def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
         if pool is not None:
             tasks.append(functools.partial(write_low_rank, s, inputs, target, pool, token))
     if not s.few:
-        stores = [task() for task in (functools.partial(rotate_queries, s, inputs, q_out, token, range(s.blocks)), *tasks)]
+        stores = [
+            task() for task in (functools.partial(rotate_queries, s, inputs, q_out, token, range(s.blocks)), *tasks)
+        ]
         for store in stores:
             store()
         return
@@ -207,8 +209,7 @@ def make_inputs(
     projections: Projections, rotation: Rotation, low_rank: LowRank, slots: Slots, heads: int, few: bool
 ) -> Inputs:
     q, k, v, q_delta = projections
-    B, T, N, H = q.shape
-    M = B * T
+    H, M = q.shape[3], q.shape[0] * q.shape[1]
     angles = jnp.broadcast_to(jnp.stack([x.reshape(M, 1, H // 2) for x in rotation], axis=1), (M, 2, heads, H // 2))
     targets = slots.base.reshape(1, M)
     if slots.low_rank is not None:

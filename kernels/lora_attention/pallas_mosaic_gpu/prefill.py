@@ -265,7 +265,7 @@ def prefill(
     refuse_unsupported(q, base, low_rank, sm_scale, blocks)
 
     tiles = -(-T // TILE_Q)
-    # The copy engine reads zeros behind the last query and writes nothing there: only a box larger than q needs padding.
+    # The copy engine reads zeros behind the last query and writes nothing there: only q shorter than a box is padded.
     rows = jnp.pad(q, ((0, 0), (0, max(0, BLOCK_Q - T)), (0, 0), (0, 0))).reshape(B, -1, N * H)
     inputs = Inputs(rows, base.reshape(P * K, p, 2 * H), page_table.base, page_table.q_starts, page_table.kv_lens)
     num_adapters = 0

@@ -29,7 +29,7 @@ def row_products(
     B, T, width = x.shape
     if not dispatch.ENABLED_BY_DEFAULT or B * T > MAX_ROWS or is_divided():
         return None
-    if implementation not in (None, "pallas_mosaic_gpu"):
+    if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
     rows, weights = x.reshape(B * T, width), tuple(weights)
     by = None if norm is None else Norm(*norm)
@@ -41,8 +41,9 @@ def row_products(
         return None
     added = None if residual is None else residual.reshape(B * T, -1)
     results = row_matmul(
-        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added, implementation=chosen
-    )
+        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added,
+        weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
+    )  # fmt: skip
     return [y.reshape(B, T, -1) for y in results]
 
 

@@ -166,21 +166,21 @@ def over_rows(per_lane, s: Shapes):
 
 def reciprocal_rms(refs, s: Shapes):
     """1 / rms(x), f32: a number, or of several rows [padded, BLOCK_K] with a row's in all its lanes."""
-    layout = statistics_layout()
-    for row in range(s.rows):
-        wide = load(refs.folded.at[row], layout=layout, optimized=False).astype(jnp.float32)
+
+    def sum_squares(row, _):
+        wide = load(refs.folded.at[row], statistics_layout(), optimized=False).astype(jnp.float32)
         refs.sums[row, ...] = (wide * wide).sum(axis=1)
-    factors = []
-    for row in range(s.rows):
+
+    def of_row(row):
         total = functools.reduce(jnp.add, [refs.sums[row, i] for i in range(8)])
-        factors.append(lax.rsqrt(total * (1 / s.width) + s.eps))
+        return lax.rsqrt(total * (1 / s.width) + s.eps)
+
+    lax.fori_loop(0, s.rows, sum_squares, None)
     if s.rows == 1:
-        return factors[0]
-    row = plgpu.broadcasted_iota(jnp.int32, (s.padded, BLOCK_K), 0, layout=row_layout())
-    chosen = plgpu.layout_cast(jnp.full((s.padded, BLOCK_K), factors[0]), row_layout())
-    for i, factor in enumerate(factors[1:], 1):
-        chosen = jnp.where(row == i, factor, chosen)
-    return chosen
+        return of_row(0)
+    number = plgpu.broadcasted_iota(jnp.int32, (s.padded, BLOCK_K), 0, layout=row_layout())
+    ones = plgpu.layout_cast(jnp.full((s.padded, BLOCK_K), 1.0, jnp.float32), row_layout())
+    return lax.fori_loop(0, s.rows, lambda row, chosen: jnp.where(number == row, of_row(row), chosen), ones)
 
 
 def write_normed(refs, turn, x, s: Shapes) -> None:
@@ -225,7 +225,7 @@ def compute(refs, block, s: Shapes, *accumulators) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def column(values, row: int, s: Shapes):
+def column(values, row, s: Shapes):
     """One row of the result, of a tile's 64 columns."""
     number = plgpu.broadcasted_iota(jnp.int32, (TILE, s.padded), 1, layout=WGMMA)
     return jnp.where(number == row, values, 0.0).sum(axis=1)
@@ -234,22 +234,24 @@ def column(values, row: int, s: Shapes):
 def finish(refs, block, tiles, s: Shapes) -> None:
     """Writes the block's columns of every row."""
     dtype, start = refs.x.dtype, 0
+
+    def write(out, columns, tile, row, _):
+        y = column(tiles[tile], row, s).astype(dtype).astype(jnp.float32)
+        if s.gated:
+            up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
+            y = y / (1.0 + jnp.exp(-y)) * up
+        if s.residual:
+            there = load(refs.residual.at[row, columns], PER_COLUMN, optimized=False)
+            y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
+        out[row, columns] = y.astype(dtype)
+
     for i, count in enumerate(s.blocks):
 
         @pl.when((block >= start) & (block < start + count))
         def _(start=start, out=refs.outs[i]):
             for tile in range(s.tiles):
                 columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
-                for row in range(s.rows):
-                    y = column(tiles[tile], row, s)
-                    if s.gated:
-                        gate = y.astype(dtype).astype(jnp.float32)
-                        up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
-                        y = gate / (1.0 + jnp.exp(-gate)) * up
-                    if s.residual:
-                        there = load(refs.residual.at[row, columns], layout=PER_COLUMN, optimized=False)
-                        y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
-                    out[row, columns] = y.astype(dtype)
+                lax.fori_loop(0, s.rows, functools.partial(write, out, columns, tile), None)
 
         start += count
 
@@ -352,16 +354,24 @@ def row_matmul(
     keep_normed: bool,
     gated: bool,
     residual: Float[Array, "rows out"] | None,
-    early: bool = False,
+    weights_at_rest: bool = False,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`."""
     refuse(x, weights, norm)
     shapes = Shapes(
-        rows=x.shape[0], width=x.shape[1], outs=tuple(weight.shape[1] for weight in weights), gated=gated,
-        residual=residual is not None, eps=None if norm is None else norm.eps,
-        keep_normed=keep_normed, tiles=1, stages=2, early=early, interpret=is_interpreted(),
-    )  # fmt: skip
+        rows=x.shape[0],
+        width=x.shape[1],
+        outs=tuple(weight.shape[1] for weight in weights),
+        gated=gated,
+        residual=residual is not None,
+        eps=None if norm is None else norm.eps,
+        keep_normed=keep_normed,
+        tiles=1,
+        stages=2,
+        early=weights_at_rest and hasattr(plgpu, "griddepcontrol_wait"),  # from JAX 0.11 on
+        interpret=is_interpreted(),
+    )
     sizes = block_sizes or heuristic(shapes)
     if any(out % (TILE * sizes.tiles) for out in shapes.outs):
         raise NotImplementedError(f"{sizes.tiles} tiles do not divide weights of {shapes.outs} columns")

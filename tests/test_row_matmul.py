@@ -102,7 +102,7 @@ def test_the_kernel_equals_the_oracle_without_races(name, capsys):
 @on_kernel
 def test_a_row_of_nan_stays_alone(monkeypatch, capsys):
     """Also among fewer stages than turns, and with blocks of several tiles."""
-    sizes = pallas_mosaic_gpu.BlockSizes(tiles=2, stages=2)
+    sizes = pallas_mosaic_gpu.BlockSizes(tiles=2, block_k=128, stages=2)
     monkeypatch.setattr(pallas_mosaic_gpu, "heuristic", lambda shapes: sizes)
     case = Case(3, 512, (128, 128), norm=True)
     x, *others = case.inputs()

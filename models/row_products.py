@@ -13,12 +13,12 @@ MAX_ROWS = 16
 
 def row_products(
     x: Float[Array, "B T D"],
-    weights: Sequence[Float[Array, "D out_width"]],
+    weights: Sequence[Float[Array, "D _"]],
     *,
     norm: tuple[Float[Array, " D"], float] | None = None,
     keep_normed: bool = False,
     gated: bool = False,
-    residual: Float[Array, "B T out_width"] | None = None,
+    residual: Float[Array, "B T _"] | None = None,
     implementation: str | None,
 ) -> list[Any] | None:
     """`row_matmul` of the B·T rows, where it has a kernel for them: never for many rows, or where a mesh divides them.

@@ -27,6 +27,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,32 +86,36 @@ def make_setting(arguments: argparse.Namespace) -> BenchSetting:
     )  # fmt: skip
 
 
-def run_regimes(arguments: argparse.Namespace) -> Results:
-    found: Results = {"peers": run_peers(arguments)} if arguments.peers else {}
+def run_regimes(arguments: argparse.Namespace, keep: Callable[[Results], None]) -> None:
+    """Hands `keep` what was found, regime by regime, of a trace mode by mode: a run that is cut off loses little."""
+    if arguments.peers:
+        keep({"peers": run_peers(arguments)})
     if not (arguments.trace or arguments.batch or arguments.memory):
-        return found
+        return
     setting = make_setting(arguments)
     about: dict[str, Any] = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "preset": arguments.preset,
         "dtype": arguments.dtype, "rank": arguments.rank, "page_size": arguments.page_size,
         "repeats": arguments.repeats, **setting.speed._asdict(),
     }  # fmt: skip
-    profiles: Results = {}
     if arguments.memory:
-        found["memory"] = about | measure_memory(setting, arguments.agents)
+        keep({"memory": about | measure_memory(setting, arguments.agents)})
     if arguments.trace or arguments.batch:
         model = BenchModel(setting.config, setting.dtype, setting.rank)
         for chunk in arguments.trace:
-            result = measure_trace(
+            found = measure_trace(
                 model, setting, chunk, arguments.modes, arguments.prefill_buckets, not arguments.no_solo
             )
-            profiles |= result.pop("profile", {})
-            found.setdefault("trace", {})[str(chunk)] = about | result
+            for result in found:
+                keep(_profile_apart(result) | {"trace": {str(chunk): about | result}})
         if arguments.batch:
             result = measure_batch(model, setting, arguments.batch, arguments.prefix, arguments.context)
-            profiles |= result.pop("profile", {})
-            found["batch"] = about | result
-    return found | ({"profile": profiles} if profiles else {})
+            keep(_profile_apart(result) | {"batch": about | result})
+
+
+def _profile_apart(result: Results) -> Results:
+    """Takes the profiles out of a regime's results: they are kept side by side."""
+    return {"profile": profiles} if (profiles := result.pop("profile", {})) else {}
 
 
 def trace_table(trace: Results) -> Table:
@@ -232,11 +237,16 @@ def main() -> None:
     set_memory_fraction(arguments.memory_fraction)
     if not arguments.no_compilation_cache:
         compilation_cache.enable()
-    found = run_regimes(arguments)
-    together = found
-    if arguments.out:
-        together = bench_results.merged(bench_results.read(arguments.out), found)
-        bench_results.write(arguments.out, together)
+    found: Results = {}
+    together: Results = bench_results.read(arguments.out) if arguments.out else {}
+
+    def keep(some: Results) -> None:
+        nonlocal found, together
+        found, together = (bench_results.merged(results, some) for results in (found, together))
+        if arguments.out:
+            bench_results.write(arguments.out, together)
+
+    run_regimes(arguments, keep)
     show(found, together)
     if arguments.plot:
         for path in bench_plots.write_plots(together, arguments.plot):

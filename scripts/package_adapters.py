@@ -28,6 +28,9 @@ from lragent_jax.training.run_folder import MANIFEST_FILE, RESULT_FILE
 
 _SETTINGS = ("kind", "rank", "alpha", "targets", "steps", "epochs", "learning_rate", "tokens_per_step", "seed")
 
+_JOINT_NOTE = """All three were trained in the same steps, on the cache that they share. Validation: where that
+is shared (mode `base_lr`), and behind it where each agent has run every token itself (mode `none`)."""
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +91,7 @@ def _readme(
         "",
         *(["```", *commands, "```", ""] if commands else []),
         *([f"Settings: {shown}.", ""] if shown else []),
+        *([_JOINT_NOTE, ""] if settings.get("kind") == "joint" else []),
         "| agent | ranks | steps | tokens | validation loss | output tokens right | bytes | content hash |",
         "|---|---|---:|---:|---:|---:|---:|---|",
         *(_row(role, results[role], adapters[role], out / role / WEIGHTS_FILE) for role in ROLES),
@@ -96,14 +100,15 @@ def _readme(
 
 
 def _row(role: str, result: Mapping[str, Any], adapter: Adapter, weights: Path) -> str:
-    loss, right = result["validation_loss"], result["validation_accuracy"]
+    shares = (result["validation_accuracy"], result.get("separate_accuracy"))
+    losses = (result["validation_loss"], result.get("separate_loss"))
     cells = (
         role,
         ", ".join(f"{target} {adapter.rank(target)}" for target in adapter.targets),
         f"{result['steps']:,}",
         f"{result['tokens']:,}",
-        "" if loss is None else f"{loss:.4f}",
-        "" if right is None else f"{100 * right:.2f} %",
+        " / ".join(f"{loss:.4f}" for loss in losses if loss is not None),
+        " / ".join(f"{100 * share:.2f} %" for share in shares if share is not None),
         f"{weights.stat().st_size:,}",
         f"`{adapter.content_hash[:16]}`",
     )

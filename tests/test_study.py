@@ -33,7 +33,7 @@ SCALE = Scale(
 OPTIONS = BenchOptions(
     dtype="float32", batch_size=2, pool_gigabytes=1.0, page_size=512, prefill_buckets=(32, 512), decode_block=4
 )
-SHARED, APART = AgentSet("shared_a", text_models.adapters()), AgentSet("apart", text_models.adapters((1, 2, 3)))
+SHARED, APART = AgentSet("joint", text_models.adapters()), AgentSet("apart", text_models.adapters((1, 2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_cells_hold_what_tables_need_and_modes_get_the_same_questions(bench, tmp
     results = Results(tmp_path / "r.json")
     Study(bench, [SHARED], results, SCALE, modes=["none", "full"]).run(["episodes"])
     cells = json.loads((tmp_path / "r.json").read_text())["cells"]["episodes"]
-    none, full = (cells[f"shared_a {mode} 1200 tokens mixed hops 2 questions 0"] for mode in ("none", "full"))
+    none, full = (cells[f"joint {mode} 1200 tokens mixed hops 2 questions 0"] for mode in ("none", "full"))
     for cell in (none, full):
         assert cell["right"] == "00"
         assert cell["ends"] == {"steps": 2}
@@ -189,12 +189,12 @@ def test_cells_that_are_expected_to_take_long():
 
 def test_the_grid_of_the_full_study_and_its_order():
     sets = with_stacked([APART, SHARED])
-    assert [each.name for each in sets] == ["apart", "apart_stacked", "shared_a"]
+    assert [each.name for each in sets] == ["apart", "apart_stacked", "joint"]
     cells = list(episode_cells(sets, SHARING_MODES, FULL, 0))
     assert len({cell.key for cell in cells}) == len(cells) == 7 * 3 * 5 + 2 * 3 * (7 + 3)
     assert [(c.mode, c.hops) for c in cells[:4]] == [("none", 1), ("none", 2), ("none", 3), ("full", 1)]
-    assert {(c.agents.name, c.tokens, c.num_questions) for c in cells[:21]} == {("shared_a", 1000, 500)}
-    assert {c.agents.name for c in cells[:105]} == {"shared_a"}
+    assert {(c.agents.name, c.tokens, c.num_questions) for c in cells[:21]} == {("joint", 1000, 500)}
+    assert {c.agents.name for c in cells[:105]} == {"joint"}
     assert {c.mode for c in cells if c.agents.name == "apart_stacked"} == set(STACKED_MODES)
     assert {(c.tokens, c.num_questions) for c in cells[105:]} == {(1000, 200), (4000, 200)}
     assert {c.num_questions for c in episode_cells(sets, ["none"], FULL.with_questions(7), 0)} == {7}
@@ -208,14 +208,14 @@ def test_reduced_runs_have_fifty_questions_of_mixed_hops_and_two_lengths():
 def test_other_adapters_under_a_kinds_name_are_refused(bench, tmp_path):
     results = Results(tmp_path / "r.json")
     Study(bench, [SHARED], results, SCALE)
-    with pytest.raises(InputError, match=r"results of shared_a with other adapters \(plan, action, reflect differ\)"):
-        Study(bench, [dataclasses.replace(APART, name="shared_a")], results, SCALE)
+    with pytest.raises(InputError, match=r"results of joint with other adapters \(plan, action, reflect differ\)"):
+        Study(bench, [dataclasses.replace(APART, name="joint")], results, SCALE)
     with pytest.raises(InputError, match="was measured with seed 0, and this is 1"):
         Study(bench, [SHARED], results, SCALE, seed=1)
     with pytest.raises(InputError, match="was measured with scale 'toy', and this is 'full'"):
         Study(bench, [SHARED], results, FULL)
     results.save()
-    Study(bench, [dataclasses.replace(APART, name="shared_a")], Results(results.path, fresh=True), SCALE)
+    Study(bench, [dataclasses.replace(APART, name="joint")], Results(results.path, fresh=True), SCALE)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "lragent-study", "version": 0}', "{"])
@@ -241,13 +241,13 @@ def test_batches_shrink_where_the_pool_does_not_hold_them(model):
 
 def test_another_kind_can_be_the_main_one(tmp_path):
     text_models.write_adapters(tmp_path, dict(SHARED.adapters))
-    sets = [read_agents(name, tmp_path, text_models.CONFIG, "joint") for name in ("shared_a", "joint")]
+    sets = [read_agents(name, tmp_path, text_models.CONFIG, "shared_a") for name in ("joint", "shared_a")]
     assert [agents.is_main for agents in sets] == [False, True]
     assert SHARED.is_main
     cells = list(episode_cells(sets, ["base_lr"], FULL, 0))
-    of_kind = [[cell.tokens for cell in cells if cell.agents.name == name] for name in ("joint", "shared_a")]
+    of_kind = [[cell.tokens for cell in cells if cell.agents.name == name] for name in ("shared_a", "joint")]
     assert len(of_kind[0]) > len(of_kind[1]) > 0
-    assert cells[0].agents.name == "joint"
+    assert cells[0].agents.name == "shared_a"
 
 
 def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, capsys, quick_measures):
@@ -257,7 +257,7 @@ def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, c
     text_models.write_adapters(folder, dict(SHARED.adapters))
     common = ["--model", str(model), "--out", str(tmp_path / "r.json")]
     options = ["--page-size", "512", "--prefill-buckets", "32,512", "--decode-block", "4", "--batch-size", "2"]
-    measure = [*common, *options, "--reduced", "--adapters", f"shared_a={folder}", "--modes", "none,full"]
+    measure = [*common, *options, "--reduced", "--adapters", f"joint={folder}", "--modes", "none,full"]
     script.main([*measure, "--parts", "episodes,kl,similarity"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "finished": True,
@@ -269,11 +269,11 @@ def test_the_script_measures_reports_and_refuses(model, tmp_path, monkeypatch, c
     page = (tmp_path / "docs" / "accuracy.md").read_text()
     assert "| `full` | 0.0 (0.0 to " in page
     for arguments, message in (
-        ([*common, "--adapters", "shared_a"], "not of the form KIND=FOLDER"),
+        ([*common, "--adapters", "joint"], "not of the form KIND=FOLDER"),
         ([*measure, "--modes", "nun"], "unknown: nun"),
         ([*measure, "--parts", "x"], "unknown: x"),
-        ([*measure, "--kinds", "apart"], "unknown: apart; there are: shared_a"),
-        ([*measure, "--main", "joint"], "--main joint is none of the --adapters: shared_a"),
+        ([*measure, "--kinds", "apart"], "unknown: apart; there are: joint"),
+        ([*measure, "--main", "apart"], "--main apart is none of the --adapters: joint"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(arguments)
@@ -283,7 +283,7 @@ def test_results_of_several_devices_become_one_study(tmp_path):
     def write(name, settings, adapters, cells):
         results = Results(tmp_path / name)
         results.use_settings({"seed": 0} | settings)
-        results.use_agents("shared_a", {"adapters": adapters})
+        results.use_agents("joint", {"adapters": adapters})
         results.data["runs"] = [{"device": "one"}]
         results.add("episodes", cells)
         return results

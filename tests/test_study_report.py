@@ -74,6 +74,7 @@ def results(tmp_path):
         *(cell("shared_a", "none", right, hops) for hops, right in ((1, "1111"), (2, "1110"), (3, "1100"))),
         *(cell("shared_a", "full", right, hops) for hops, right in ((1, "1110"), (2, "1110"), (3, "0000"))),
         cell("shared_a", "none", "1", 1),  # fewer questions than another cell of its place
+        *(cell("shared_a", "none", "1111", hops, tokens=2000) for hops in (1, 2, 3)),
         cell("shared_a", "none", "1111", 1, tokens=4000),
         cell("apart", "none", "110110", None),
         cell("apart_stacked", "base_lr", "100110", None),
@@ -131,6 +132,8 @@ def test_groups_pair_the_same_questions(results):
     assert long is not None
     assert long.of_hops(2) is None
     assert long.accuracy() is None, "of one hop alone"
+    assert grid.lengths("shared_a") == [1000, 2000, 4000]
+    assert grid.complete_lengths("shared_a") == [1000, 2000]
 
 
 def test_the_page_has_every_table_and_its_means_are_weighted(results):
@@ -140,6 +143,9 @@ def test_the_page_has_every_table_and_its_means_are_weighted(results):
     assert "| `full` | 3 | 40 | 2.50e+00 | 80.00 % | 3.5000 | 67 |" in page
     assert "| `full` | 70.0 %, 3.0e+00 |  | 25.0 %, 5.0e-01 |  |" in page
     assert "## By length: shared_a" in page
+    assert "| sharing | 1,000 tokens | 2,000 tokens |" in page, "a length that nobody has finished has no column"
+    assert "\n* apart: " in page
+    assert "joint is the test" not in page
     assert "| `full` | 50.0 (25.4 to 74.6) |  |" in page
     assert page.rstrip().splitlines()[-1] in page.split("## Limits")[1]
     assert "0.7500 (0.5000 to 1.0000)" in page

@@ -24,5 +24,8 @@ def read(path: Path) -> Results:
 
 
 def write(path: Path, results: Results) -> None:
+    """The file is whole at all times."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(results, indent=1) + "\n")
+    draft.replace(path)

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lragent_jax.engine import Engine
@@ -38,8 +38,11 @@ def measure_trace(
     modes: Sequence[SharingMode],
     buckets: Sequence[int] | None = None,
     solo: bool = True,
-) -> dict[str, Any]:
-    """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself."""
+) -> Iterator[dict[str, Any]]:
+    """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself.
+
+    After every mode, all that is known by then.
+    """
     calls = react_trace(chunk)
     total = num_tokens(calls)
     buckets = sorted(buckets or trace_buckets(chunk))
@@ -55,6 +58,7 @@ def measure_trace(
             result["modes"][mode] = missing
             say(f"{mode}: {total:,} tokens need {missing['bytes_needed']:,} bytes, "
                 f"the device has {missing['bytes_limit']:,}")  # fmt: skip
+            yield dict(result)
             continue
         engine = model.engine(
             mode, context_length, **pools, prefill_buckets=buckets, prefix_cache=False, **setting.engine_options()
@@ -67,10 +71,11 @@ def measure_trace(
         result["modes"][mode] |= _floors(model, setting, mode, chunk, buckets[-1])
         say(f"{mode}: TTFT {runs.medians['ttft_s']:.3f} s, {runs.medians['tokens_per_s']:.0f} tokens/s, "
             f"{runs.num_programs} programs compiled or fetched in {runs.compile_s:.1f} s")  # fmt: skip
+        yield dict(result)
         if solo and mode == "base_lr":
             result |= _solo(engine, model, setting, total)
+            yield dict(result)
         del engine
-    return result
 
 
 def missing_bytes(

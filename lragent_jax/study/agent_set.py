@@ -11,8 +11,8 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
 
-MAIN_KIND = "shared_a"
-"""The kind that the study looks at most closely, unless it is told of another one."""
+MAIN_KIND = "joint"
+"""The kind of the embedded agents, which the study looks at most closely unless it is told of another one."""
 
 RECORDED_KIND = "recorded"
 """Agents that were trained on recorded text."""

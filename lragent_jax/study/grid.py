@@ -5,6 +5,7 @@ from typing import Any
 
 from lragent_jax.react import ROLES
 from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.study.agent_set import MAIN_KIND
 from lragent_jax.study.results import Results
 from lragent_jax.study.statistics import Estimate, paired_difference, share
 
@@ -79,7 +80,12 @@ class Grid:
 
     @property
     def kinds(self) -> list[str]:
-        return list(dict.fromkeys(kind for kind, _, _ in self._groups))
+        """The embedded agents' first."""
+        return sorted(dict.fromkeys(kind for kind, _, _ in self._groups), key=lambda kind: kind != MAIN_KIND)
+
+    def complete_lengths(self, kind: str) -> list[int]:
+        """Those at which some mode has answered questions of every number of hops."""
+        return sorted({tokens for (of, _, tokens), group in self._groups.items() if of == kind and group.is_complete})
 
     def lengths(self, kind: str) -> list[int]:
         return sorted({tokens for of, _, tokens in self._groups if of == kind})

@@ -39,7 +39,7 @@ def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callabl
     """Name, size in inches, and what draws it."""
     grid = Grid(results)
     for kind in grid.kinds:
-        if len(grid.lengths(kind)) > 1:
+        if len(grid.complete_lengths(kind)) > 1:
             yield f"length-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_length(axes, grid, kind)
     for kind in grid.kinds:
         yield f"hops-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_hops(axes, grid, kind)
@@ -54,7 +54,7 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
     for i, mode in enumerate(modes):
         found = [
             (tokens, accuracy)
-            for tokens in grid.lengths(kind)
+            for tokens in grid.complete_lengths(kind)
             if (group := grid.group(kind, mode, tokens)) and (accuracy := group.accuracy())
         ]
         shift = 1 + 0.02 * (i - len(modes) / 2)  # so that intervals stand side by side
@@ -64,7 +64,8 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
             label=mode, color=_COLOURS[mode], marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, capsize=2,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="tokens of a right episode", ylabel="questions right (%)", title=kind)
-    axes.set_xticks(grid.lengths(kind), [f"{tokens:,}" for tokens in grid.lengths(kind)])
+    lengths = grid.complete_lengths(kind)
+    axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
     axes.minorticks_off()
 
 

@@ -15,6 +15,7 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     """The whole page."""
     sections = [
         _head(results),
+        *_kinds(results),
         *_images(plots),
         *_by_length(results),
         *_episodes(results),
@@ -26,6 +27,23 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     ]
     return "\n\n".join(sections) + "\n"
 
+
+_KINDS = {
+    "apart": "every agent trained alone, on contexts that it runs from beginning to end; r = 8 on q and v.",
+    "shared_a": "the same, but the first agent's A of v is frozen into the others: one A-group (the paper's recipe).",
+    "apart_stacked": "the agents apart as one A-group, whose rank is the sum of theirs.",
+    "all": "as apart, with adapters on all seven projections.",
+    "all_stacked": "those as one A-group.",
+    "joint": "all three trained at once on the cache that they will share, with one A of v; every token is run by the "
+    "agent that runs it then. A quarter of the trajectories is run by one agent alone. The embedded agents: "
+    "`lragent_jax/data/adapters/README.md` has the commands.",
+    "recorded": "shared_a, trained on recorded trajectories.",
+}
+
+_JOINT_NOTE = """What shared_a loses under `base` and `base_lr` could be the cache's doing, or that of agents that
+never met, while they were trained, what others leave in a cache. joint is the test: base model, rank, targets, learning
+rate, text and number of epochs are those of shared_a (action and reflect saw more of the text), and what an agent reads
+while it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
 
 _LIMITS = """## Limits
 
@@ -51,10 +69,11 @@ _RECORDED_NOTE = (
 
 def _head(results: Results) -> str:
     settings = results.data["settings"]
-    runs = "; ".join(
+    said = [
         f"{run['device']}, JAX {run['jax']}, up to {run['batch_size']} episodes at a time"
         for run in results.data.get("runs", [])
-    )
+    ]
+    runs = "; ".join(dict.fromkeys(said))
     return (
         "# What sharing costs in accuracy\n\n"
         "Written by `python scripts/study.py --report` from the results of `python scripts/study.py` (its first lines "
@@ -62,12 +81,20 @@ def _head(results: Results) -> str:
         f"scale, seed {settings.get('seed')}. {runs}.\n\n"
         "Agents plan, action and reflect answer questions about a world whose names no training text holds. They write "
         "freely, greedily, and tools answer. All modes get the same questions and the same paragraphs, and nothing but "
-        "the cache is different; how the embedded agents (shared_a) were made stands in "
-        "`lragent_jax/data/adapters/README.md`. The paper (arXiv 2602.01053) found `none` ≥ `base` ≈ `base_lr` > "
+        "the cache is different. The paper (arXiv 2602.01053) found `none` ≥ `base` ≈ `base_lr` > "
         "`full` for adapters of an 8B model; what follows is what was found here. Intervals are 95 %: "
         "Wilson's for shares, Agresti and Min's for paired differences to `none` on the same "
         "questions, in percentage points. What is empty was not measured."
     )
+
+
+def _kinds(results: Results) -> Iterator[str]:
+    """How the agents that were measured were made, as far as it is known what a kind's name means."""
+    known = [f"* {name}: {text}" for name, text in _KINDS.items() if name in results.data["kinds"]]
+    if known:
+        yield "## Kinds of agents\n\n" + "\n".join(known)
+        if {"joint", "shared_a"} <= set(results.data["kinds"]):
+            yield _JOINT_NOTE
 
 
 def _images(plots: Sequence[str]) -> Iterator[str]:
@@ -79,7 +106,7 @@ def _by_length(results: Results) -> Iterator[str]:
     """All hops together, a column for every length."""
     grid = Grid(results)
     for kind in grid.kinds:
-        lengths = grid.lengths(kind)
+        lengths = grid.complete_lengths(kind)
         if len(lengths) < 2:
             continue
         rows = []

@@ -13,12 +13,12 @@ MAX_ROWS = 16
 
 def row_products(
     x: Float[Array, "B T D"],
-    weights: Sequence[Float[Array, "D out_width"]],
+    weights: Sequence[Float[Array, "D _"]],
     *,
     norm: tuple[Float[Array, " D"], float] | None = None,
     keep_normed: bool = False,
     gated: bool = False,
-    residual: Float[Array, "B T out_width"] | None = None,
+    residual: Float[Array, "B T _"] | None = None,
     implementation: str | None,
 ) -> list[Any] | None:
     """`row_matmul` of the B·T rows, where it has a kernel for them: never for many rows, or where a mesh divides them.
@@ -29,7 +29,7 @@ def row_products(
     B, T, width = x.shape
     if not dispatch.ENABLED_BY_DEFAULT or B * T > MAX_ROWS or is_divided():
         return None
-    if implementation not in (None, "pallas_mosaic_gpu"):
+    if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
     rows, weights = x.reshape(B * T, width), tuple(weights)
     by = None if norm is None else Norm(*norm)
@@ -41,8 +41,9 @@ def row_products(
         return None
     added = None if residual is None else residual.reshape(B * T, -1)
     results = row_matmul(
-        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added, implementation=chosen
-    )
+        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added,
+        weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
+    )  # fmt: skip
     return [y.reshape(B, T, -1) for y in results]
 
 

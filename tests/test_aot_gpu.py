@@ -153,7 +153,7 @@ def test_a_token_times_a_weight_is_a_product_of_matrices(equation, x, weight):
     assert found == [False, True]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_the_products_of_a_decode_step_compile_and_copy_no_weight(rows):
     def array(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)

@@ -9,10 +9,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tolerances import assert_close
 
 from lragent_jax.kernels.interpret import interpreted
-from lragent_jax.kernels.row_matmul import Norm, dispatch, pallas_mosaic_gpu, row_matmul
+from lragent_jax.kernels.row_matmul import Norm, dispatch, pallas_mosaic_gpu, row_matmul, xla
+from lragent_jax.models import row_products
+from lragent_jax.models.adapter_bank import LoraPair
+from lragent_jax.models.cache_view import LayerCache, PageTable
+from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.llama import LayerAdapters, random_params
+from lragent_jax.models.rope import inverse_frequencies, rotation
 
 EPS = 1e-5
 HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
@@ -102,7 +109,7 @@ def test_the_kernel_equals_the_oracle_without_races(name, capsys):
 @on_kernel
 def test_a_row_of_nan_stays_alone(monkeypatch, capsys):
     """Also among fewer stages than turns, and with blocks of several tiles."""
-    sizes = pallas_mosaic_gpu.BlockSizes(tiles=2, stages=2)
+    sizes = pallas_mosaic_gpu.BlockSizes(tiles=2, block_k=128, stages=2)
     monkeypatch.setattr(pallas_mosaic_gpu, "heuristic", lambda shapes: sizes)
     case = Case(3, 512, (128, 128), norm=True)
     x, *others = case.inputs()
@@ -151,8 +158,6 @@ def test_what_contradicts_itself_is_misuse():
 
 
 def test_models_use_it_for_few_rows_alone(monkeypatch):
-    from lragent_jax.models import row_products
-
     asked = []
 
     def choose(name, x, weights, norm):
@@ -169,3 +174,49 @@ def test_models_use_it_for_few_rows_alone(monkeypatch):
     monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", False)
     assert run(jnp.zeros((1, 1, 8))) is None
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("targets", [(), ("q", "k", "v"), ("q", "o", "up", "down")])
+def test_a_block_is_the_same_by_either_way(monkeypatch, targets):
+    """XLA's implementation in the kernel's place: norms, adapters and residuals are wired as they were."""
+    config = LlamaConfig.preset("tiny")
+    llama = nnx.merge(*random_params(config, "float32", seed=1))
+    block, rng = llama.layers[0], np.random.default_rng(2)
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    shapes = config.projection_shapes()
+    pairs = {name: LoraPair(array(1, shapes[name][0], 4), array(2, 4, shapes[name][1])) for name in targets}
+    group_of = dict.fromkeys(targets, jnp.zeros(2, jnp.int32))
+    adapters = LayerAdapters(pairs, group_of, jnp.ones(1, jnp.int32))
+    x, num_tokens, page_size = array(1, 3, config.width), 3, 8
+    inv_freq = inverse_frequencies(config)
+    block.attention_norm.scale[...], block.mlp_norm.scale[...] = array(config.width), array(config.width)
+
+    def run():
+        pages = jnp.zeros((2, config.num_kv_heads, page_size, 2 * config.head_dim))
+        zero, none = jnp.zeros(1, jnp.int32), jnp.zeros((0, 1), jnp.int32)
+        table = PageTable(
+            q_starts=zero, kv_lens=zero + num_tokens, base=jnp.asarray([[1]], jnp.int32), base_write_from=zero,
+            low_rank=jnp.zeros((0, 1, 1), jnp.int32), low_rank_write_from=none, group_ids=none, read_slots=zero,
+        )  # fmt: skip
+        cache = LayerCache(kv=pages, low_rank_v=None, low_rank_k=None)
+        rope = rotation(table.positions(num_tokens), inv_freq)
+        y, cache = block.attention(
+            x, cache, adapters, table, rope, inv_freq, write_base=True, implementation=None, norm=block.attention_norm
+        )
+        return y, cache.kv, block.mlp(y, adapters, block.mlp_norm, None)
+
+    want, used = run(), []
+
+    def substitute(name):
+        used.append(name)
+        return xla
+
+    monkeypatch.setattr(dispatch, "choose", lambda *args: "pallas_mosaic_gpu")
+    monkeypatch.setattr(dispatch, "load", substitute)
+    monkeypatch.setattr("lragent_jax.kernels.row_matmul.api.choose", lambda *args: "pallas_mosaic_gpu")
+    for got, expected in zip(run(), want, strict=True):
+        assert_close(got, expected, "equal")
+    assert len(used) == 4 - len({"o", "down"} & set(targets)) - ("up" in targets)

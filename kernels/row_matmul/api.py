@@ -18,6 +18,7 @@ def row_matmul(
     keep_normed: bool = False,
     gated: bool = False,
     residual: Array | None = None,
+    weights_at_rest: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
     """f(x) W for every W of `weights`, where the weights' bytes are what it takes: each is read once.
@@ -32,6 +33,8 @@ def row_matmul(
       keep_normed: whether to return f(x), too, behind the products. Needs `norm`.
       gated: the two weights, of one shape, are a gate's and its input's: the only result is silu(x W_0) · (x W_1).
       residual: [rows, out], added to the only result.
+      weights_at_rest: whether the weights are what the program was called with, and not what an operation just before
+        makes of something: then they may be read while that operation still runs.
       implementation: "pallas_mosaic_gpu" or "xla"; None takes the first that fits.
 
     Returns:
@@ -50,7 +53,10 @@ def row_matmul(
     if residual is not None and len(weights) > 1 and not gated:
         raise ValueError(f"residual is given with {len(weights)} weights; it can be added to one result only")
     chosen = choose(implementation, x, weights, norm)
-    return run(chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual)
+    return run(
+        chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual,
+        weights_at_rest=weights_at_rest,
+    )  # fmt: skip
 
 
 def check(x: Array, weights: tuple[Array, ...], norm: Norm | None, residual: Array | None) -> None:

@@ -12,7 +12,11 @@ from lragent_jax.kernels.row_matmul.arguments import Norm
 # In order of preference, and where they are tried unasked.
 IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 
-ENABLED_BY_DEFAULT = True  # whether models take another implementation than XLA's at all
+# Whether models take another implementation than XLA's at all; where a residual is added, too; and whether it may read
+# weights, which in models are always at rest, while the operation before still runs.
+ENABLED_BY_DEFAULT = True
+RESIDUAL_BY_DEFAULT = True
+EARLY_BY_DEFAULT = False
 
 
 def load(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """Few rows times weights for NVIDIA Hopper: the weights' bytes are all that counts, so they never wait for the rows.
 
-A block makes tiles of 64 columns of the result. Its memory warpgroup brings the columns' weights in by TMA, 128 rows
+A block makes tiles of 64 columns of the result. Its memory warpgroup brings the columns' weights in by TMA, some rows
 of them at a time and as many stages ahead as shared memory holds, beside the same part of x; its compute warpgroup
 normalises that part where asked to and multiplies, the weights' transpose as the matrix unit's 64 rows, the rows of x
 as its 8 or 16 columns. So the first stages are under way before the statistics of the norm are known.
@@ -21,7 +21,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.row_matmul.arguments import Norm
 
 TILE = 64  # columns of a weight in one instruction of the matrix unit
-BLOCK_K = 128  # rows of a weight in one stage
+LANES = 128  # numbers of a row that the registers' layout takes together
 MAX_ROWS = 16
 SMEM_BYTES = 227 * 1024
 NUM_SMS = 132
@@ -32,7 +32,7 @@ WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 def row_layout():
     """Parts of x, [8 n, 128], as they are normalised: 16 bytes a thread."""
     return plgpu.Layout.TILED(
-        plgpu.Tiling(((8, BLOCK_K), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1
+        plgpu.Tiling(((8, LANES), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1
     )
 
 
@@ -45,14 +45,18 @@ def statistics_layout():
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """tiles: of 64 columns that a block makes, of either weight where two are gated; stages: of weights in flight."""
+    """tiles: of 64 columns that a block makes, of either weight where two are gated.
+
+    block_k: rows of the weights in a stage, 128 or 256. stages: of weights in flight.
+    """
 
     tiles: int
+    block_k: int
     stages: int
 
     def __post_init__(self):
-        if self.tiles < 1 or self.stages < 2:
-            raise ValueError(f"{self} needs at least one tile and two stages")
+        if self.tiles < 1 or self.block_k not in (LANES, 2 * LANES) or self.stages < 2:
+            raise ValueError(f"{self} needs at least one tile, 128 or 256 rows and two stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Shapes:
     eps: float | None  # None: no norm
     keep_normed: bool
     tiles: int
+    block_k: int
     stages: int
     early: bool
     interpret: bool
@@ -92,21 +97,23 @@ class Shapes:
 
     @property
     def turns(self) -> int:
-        return self.width // BLOCK_K
+        return self.width // self.block_k
 
     def stage_bytes(self) -> int:
-        return 2 * BLOCK_K * (TILE * self.per_stage + self.padded + (self.eps is not None))
+        return 2 * self.block_k * (TILE * self.per_stage + self.padded + (self.eps is not None))
 
     def fixed_bytes(self) -> int:
         """Beside the stages: the rows that are being multiplied, scratch for sums, barriers, alignment."""
-        return (2 + self.keep_normed) * self.padded * BLOCK_K * 2 + 3 * 1024
+        return (2 + self.keep_normed) * self.padded * self.block_k * 2 + 3 * 1024
 
 
 def heuristic(shapes: Shapes) -> BlockSizes:
-    """One wave of blocks: up to two on a processor, which then share its memory."""
+    """One wave of blocks: up to two on a processor, which then share its memory. Long turns, but not then."""
     resident = 1 if shapes.num_blocks <= NUM_SMS else 2
+    long = resident == 1 and not shapes.gated and shapes.width % (2 * LANES) == 0
+    shapes = dataclasses.replace(shapes, block_k=(1 + long) * LANES)
     stages = (SMEM_BYTES // resident - shapes.fixed_bytes() - 1024) // shapes.stage_bytes()
-    return BlockSizes(tiles=shapes.tiles, stages=max(2, min(stages, shapes.turns, 16)))
+    return BlockSizes(tiles=shapes.tiles, block_k=shapes.block_k, stages=max(2, min(stages, shapes.turns, 16)))
 
 
 def bring(refs, block, s: Shapes) -> None:
@@ -121,7 +128,7 @@ def bring(refs, block, s: Shapes) -> None:
 
     def place(turn):
         stage = lax.rem(turn, jnp.int32(s.stages))
-        return stage, pl.ds(turn * BLOCK_K, BLOCK_K), refs.ready.at[stage]
+        return stage, pl.ds(turn * s.block_k, s.block_k), refs.ready.at[stage]
 
     def bring_rows(turn):
         stage, rows, ready = place(turn)
@@ -161,26 +168,26 @@ def after_kernels_before(s: Shapes) -> None:
 
 
 def over_rows(per_lane, s: Shapes):
-    return plgpu.layout_cast(lax.broadcast_in_dim(per_lane, (s.padded, BLOCK_K), (1,)), row_layout())
+    return plgpu.layout_cast(lax.broadcast_in_dim(per_lane, (s.padded, s.block_k), (1,)), row_layout())
 
 
 def reciprocal_rms(refs, s: Shapes):
-    """1 / rms(x), f32: a number, or of several rows [padded, BLOCK_K] with a row's in all its lanes."""
-    layout = statistics_layout()
-    for row in range(s.rows):
-        wide = load(refs.folded.at[row], layout=layout, optimized=False).astype(jnp.float32)
+    """1 / rms(x), f32: a number, or of several rows [padded, s.block_k] with a row's in all its lanes."""
+
+    def sum_squares(row, _):
+        wide = load(refs.folded.at[row], statistics_layout(), optimized=False).astype(jnp.float32)
         refs.sums[row, ...] = (wide * wide).sum(axis=1)
-    factors = []
-    for row in range(s.rows):
+
+    def of_row(row):
         total = functools.reduce(jnp.add, [refs.sums[row, i] for i in range(8)])
-        factors.append(lax.rsqrt(total * (1 / s.width) + s.eps))
+        return lax.rsqrt(total * (1 / s.width) + s.eps)
+
+    lax.fori_loop(0, s.rows, sum_squares, None)
     if s.rows == 1:
-        return factors[0]
-    row = plgpu.broadcasted_iota(jnp.int32, (s.padded, BLOCK_K), 0, layout=row_layout())
-    chosen = plgpu.layout_cast(jnp.full((s.padded, BLOCK_K), factors[0]), row_layout())
-    for i, factor in enumerate(factors[1:], 1):
-        chosen = jnp.where(row == i, factor, chosen)
-    return chosen
+        return of_row(0)
+    number = plgpu.broadcasted_iota(jnp.int32, (s.padded, s.block_k), 0, layout=row_layout())
+    ones = plgpu.layout_cast(jnp.full((s.padded, s.block_k), 1.0, jnp.float32), row_layout())
+    return lax.fori_loop(0, s.rows, lambda row, chosen: jnp.where(number == row, of_row(row), chosen), ones)
 
 
 def write_normed(refs, turn, x, s: Shapes) -> None:
@@ -188,7 +195,7 @@ def write_normed(refs, turn, x, s: Shapes) -> None:
     plgpu.wait_smem_to_gmem(0)
     refs.normed_smem[...] = x
     plgpu.commit_smem()
-    part = refs.outs[-1].at[:, pl.ds(turn * BLOCK_K, BLOCK_K)]
+    part = refs.outs[-1].at[:, pl.ds(turn * s.block_k, s.block_k)]
     plgpu.copy_smem_to_gmem(refs.normed_smem.at[pl.ds(0, s.rows)], part)
 
 
@@ -225,7 +232,7 @@ def compute(refs, block, s: Shapes, *accumulators) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def column(values, row: int, s: Shapes):
+def column(values, row, s: Shapes):
     """One row of the result, of a tile's 64 columns."""
     number = plgpu.broadcasted_iota(jnp.int32, (TILE, s.padded), 1, layout=WGMMA)
     return jnp.where(number == row, values, 0.0).sum(axis=1)
@@ -234,22 +241,24 @@ def column(values, row: int, s: Shapes):
 def finish(refs, block, tiles, s: Shapes) -> None:
     """Writes the block's columns of every row."""
     dtype, start = refs.x.dtype, 0
+
+    def write(out, columns, tile, row, _):
+        y = column(tiles[tile], row, s).astype(dtype).astype(jnp.float32)
+        if s.gated:
+            up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
+            y = y / (1.0 + jnp.exp(-y)) * up
+        if s.residual:
+            there = load(refs.residual.at[row, columns], PER_COLUMN, optimized=False)
+            y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
+        out[row, columns] = y.astype(dtype)
+
     for i, count in enumerate(s.blocks):
 
         @pl.when((block >= start) & (block < start + count))
         def _(start=start, out=refs.outs[i]):
             for tile in range(s.tiles):
                 columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
-                for row in range(s.rows):
-                    y = column(tiles[tile], row, s)
-                    if s.gated:
-                        gate = y.astype(dtype).astype(jnp.float32)
-                        up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
-                        y = gate / (1.0 + jnp.exp(-gate)) * up
-                    if s.residual:
-                        there = load(refs.residual.at[row, columns], layout=PER_COLUMN, optimized=False)
-                        y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
-                    out[row, columns] = y.astype(dtype)
+                lax.fori_loop(0, s.rows, functools.partial(write, out, columns, tile), None)
 
         start += count
 
@@ -268,19 +277,19 @@ def tiled(*shape: int, dtype):
 
 def scratch(s: Shapes, dtype) -> dict:
     buffers = {
-        "w_smem": tiled(s.stages, s.per_stage, BLOCK_K, TILE, dtype=dtype),
-        "rows_smem": tiled(2, s.padded, BLOCK_K, dtype=dtype),
-        "x_smem": plgpu.SMEM((s.stages, s.padded, BLOCK_K), dtype),
+        "w_smem": tiled(s.stages, s.per_stage, s.block_k, TILE, dtype=dtype),
+        "rows_smem": tiled(2, s.padded, s.block_k, dtype=dtype),
+        "x_smem": plgpu.SMEM((s.stages, s.padded, s.block_k), dtype),
         "ready": plgpu.Barrier(num_arrivals=s.per_stage + 1 + (s.eps is not None), num_barriers=s.stages),
         "read": plgpu.Barrier(num_barriers=s.stages),
     }
     if s.eps is not None:
         buffers |= {
-            "scale_smem": plgpu.SMEM((s.stages, BLOCK_K), dtype),
+            "scale_smem": plgpu.SMEM((s.stages, s.block_k), dtype),
             "sums": plgpu.SMEM((s.rows, 8), jnp.float32),
         }
     if s.keep_normed:
-        buffers["normed_smem"] = plgpu.SMEM((s.padded, BLOCK_K), dtype)
+        buffers["normed_smem"] = plgpu.SMEM((s.padded, s.block_k), dtype)
     return buffers
 
 
@@ -308,7 +317,7 @@ def call(x, weights, scale, residual, *, s: Shapes):
             accumulator = plgpu.ACC((TILE, s.padded), jnp.float32)
             finish(refs, block, pl.run_scoped(accumulate, *[accumulator] * s.per_stage), s)
 
-    body.__name__ = f"row_matmul_{'gated' if s.gated else len(s.outs)}_tiles{s.tiles}_stages{s.stages}"
+    body.__name__ = f"row_matmul_{'gated' if s.gated else len(s.outs)}_tiles{s.tiles}_k{s.block_k}_stages{s.stages}"
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct((s.rows, out), x.dtype) for out in outs),
@@ -332,8 +341,8 @@ def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None) -> None:
         raise NotImplementedError(f"dtype {x.dtype}: the matrix unit takes bfloat16 and float16")
     if x.shape[0] > MAX_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: it is written for up to {MAX_ROWS}")
-    if x.shape[1] % BLOCK_K:
-        raise NotImplementedError(f"{x.shape[1]} numbers per row: multiples of {BLOCK_K} fill its stages")
+    if x.shape[1] % LANES:
+        raise NotImplementedError(f"{x.shape[1]} numbers per row: multiples of {LANES} fill its stages")
     if norm is not None and x.shape[1] % 512:
         raise NotImplementedError(f"a norm over {x.shape[1]} numbers: multiples of 512 fill its registers")
     if wrong := [weight.shape[1] for weight in weights if weight.shape[1] % TILE]:
@@ -352,18 +361,27 @@ def row_matmul(
     keep_normed: bool,
     gated: bool,
     residual: Float[Array, "rows out"] | None,
-    early: bool = False,
+    weights_at_rest: bool = False,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`."""
     refuse(x, weights, norm)
     shapes = Shapes(
-        rows=x.shape[0], width=x.shape[1], outs=tuple(weight.shape[1] for weight in weights), gated=gated,
-        residual=residual is not None, eps=None if norm is None else norm.eps,
-        keep_normed=keep_normed, tiles=1, stages=2, early=early, interpret=is_interpreted(),
-    )  # fmt: skip
+        rows=x.shape[0],
+        width=x.shape[1],
+        outs=tuple(weight.shape[1] for weight in weights),
+        gated=gated,
+        residual=residual is not None,
+        eps=None if norm is None else norm.eps,
+        keep_normed=keep_normed,
+        tiles=1,
+        block_k=LANES,
+        stages=2,
+        early=weights_at_rest and hasattr(plgpu, "griddepcontrol_wait"),  # from JAX 0.11 on
+        interpret=is_interpreted(),
+    )
     sizes = block_sizes or heuristic(shapes)
-    if any(out % (TILE * sizes.tiles) for out in shapes.outs):
-        raise NotImplementedError(f"{sizes.tiles} tiles do not divide weights of {shapes.outs} columns")
-    shapes = dataclasses.replace(shapes, tiles=sizes.tiles, stages=sizes.stages)
+    if shapes.width % sizes.block_k or any(out % (TILE * sizes.tiles) for out in shapes.outs):
+        raise NotImplementedError(f"{sizes} do not divide weights of {shapes.width} rows and {shapes.outs} columns")
+    shapes = dataclasses.replace(shapes, tiles=sizes.tiles, block_k=sizes.block_k, stages=sizes.stages)
     return call_once(x, weights, None if norm is None else norm.scale, residual, s=shapes)

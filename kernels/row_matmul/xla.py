@@ -20,8 +20,9 @@ def row_matmul(
     keep_normed: bool,
     gated: bool,
     residual: Float[Array, "rows out"] | None,
+    weights_at_rest: bool,
 ) -> tuple[Array, ...]:
-    """See `api.row_matmul`."""
+    """See `api.row_matmul`; `weights_at_rest` changes nothing here."""
     if norm is not None:
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)

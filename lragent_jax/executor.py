@@ -306,7 +306,8 @@ class Executor:
 
     def decode(self, batch: DecodeBatch, num_steps: int) -> jax.Array:
         """Up to `num_steps` (at most `decode_block`) tokens per row: [B, decode_block], -1 behind a row's end."""
-        args, options = self.decode_arguments(batch, *generation.take(self.slots, batch.slot_ids), num_steps)
+        state, kv_lens = generation.take(self.slots, batch.slot_ids)
+        args, options = self.decode_arguments(batch, state, kv_lens, num_steps)
         out, state, table, self.cache.arrays = generation.decode(*args, **options)
         self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
         return out

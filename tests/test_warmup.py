@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import threading
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,11 @@ def compilations():
     """The names of the threads that compile, by what they compile."""
     found = collections.defaultdict(list)
 
-    def listen(event: str, seconds: float, **about) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            found[about["fun_name"].removeprefix("jit(").removesuffix(")")].append(threading.current_thread().name)
+            found[str(kwargs["fun_name"]).removeprefix("jit(").removesuffix(")")].append(
+                threading.current_thread().name
+            )
 
     monitoring.register_event_duration_secs_listener(listen)
     yield found
@@ -103,18 +107,16 @@ def test_one_group_rebuilds_low_rank_pages_alone_without_a_program_for_it():
         np.testing.assert_array_equal(np.asarray(after), before)
 
 
-class Fake:
-    """Stands for a lowered program."""
-
-    def __init__(self, compile):
-        self.compile = compile
+def fake(compile) -> Any:
+    """What a lowered program is to the code under test."""
+    return lambda: types.SimpleNamespace(compile=compile)
 
 
 def test_compilations_meet_each_other_and_progress_is_told_from_one_thread():
     meeting = threading.Barrier(2, timeout=60)
     told = []
     compile_side_by_side(
-        [(name, lambda: Fake(meeting.wait)) for name in "ab"],
+        [(name, fake(meeting.wait)) for name in "ab"],
         lambda done, what: told.append((done, what, threading.current_thread())),
     )
     assert told[0] == (0, "a", threading.current_thread())
@@ -129,10 +131,11 @@ def test_what_a_compiler_raises_is_raised_and_the_rest_is_not_begun():
         raise MemoryError("too large")
 
     def waits():
+        begun.append(1)
         may_go.wait(60)
 
-    programs = [("fails", lambda: Fake(fails))]
-    programs += [(f"waits {i}", lambda: Fake(lambda: (begun.append(1), waits()))) for i in range(100)]
+    programs = [("fails", fake(fails))]
+    programs += [(f"waits {i}", fake(waits)) for i in range(100)]
     done = threading.Timer(0.5, may_go.set)
     done.start()
     with pytest.raises(MemoryError, match="too large"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from script_modules import load_script
-from tolerances import assert_close
+from tolerances import TOLERANCES, assert_close
 
 from lragent_jax.kernels.row_matmul import dispatch, pallas_mosaic_gpu, xla
 from lragent_jax.measure import fused_products
@@ -93,7 +93,7 @@ def test_the_last_line_is_json_with_every_operation(monkeypatch, capsys):
         assert row["floor_us"] > 0
         assert "kernel_us" not in row
         assert row["kernel_not_timed"] == "pallas_mosaic_gpu runs on gpu only, not on cpu"
-        assert row["name"] == PRODUCTS[-1] or row["xla_error"] <= fused_products.max_error("float32")
+        assert row["name"] == PRODUCTS[-1] or row["xla_error"] <= TOLERANCES["equal", "float32"]
 
 
 def call(product, rows: int, dtype: str = "float32") -> tuple:
@@ -107,7 +107,7 @@ def call(product, rows: int, dtype: str = "float32") -> tuple:
 def test_a_product_by_xla_is_the_exact_one_and_another_is_not(index):
     product = fused_products.fused_products(TINY)[index]
     x, weights, shared = call(product, 3)
-    assert product.relative_error(fused_products.by_xla, x, weights, shared) <= fused_products.max_error("float32")
+    assert product.relative_error(fused_products.by_xla, x, weights, shared) <= TOLERANCES["equal", "float32"]
 
     def of_another_weight(x, weights, **options):
         return fused_products.by_xla(x, (*weights[:-1], weights[-1].at[0].add(0.1)), **options)

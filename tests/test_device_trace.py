@@ -19,7 +19,7 @@ def test_the_longest_gaps_are_those_between_steps():
     # Four steps of three kernels: 1 ns between kernels, 10, 20 and 30 ns between steps.
     starts = (0, 13 + 10, 46 + 10, 89 + 10)
     kernels = [kernel(start + at, start + at + 3) for start in starts for at in (0, 4, 8)]
-    shares = idle_shares(kernels, 4)
+    shares = idle_shares(kernels, 4, untraced_ms=20e-6)
     window = 99 + 11
     between = (23 - 11) + (56 - 34) + (99 - 67)
     assert shares["between_steps"] == pytest.approx(between / window)
@@ -27,6 +27,9 @@ def test_the_longest_gaps_are_those_between_steps():
     assert shares["kernels_per_step"] == 3
     assert shares["ms_per_step"] == pytest.approx(window / 4 * 1e-6)
     assert shares["longest_gap_us"] == pytest.approx(0.032)
+    assert shares["busy_ms_per_step"] == pytest.approx(9e-6)
+    assert shares["idle_untraced"] == pytest.approx(1 - 9 / 20)
+    assert idle_shares(kernels, 4, untraced_ms=8e-6)["idle_untraced"] == 0.0, "kernels are slower while traced"
 
 
 def test_what_is_drawn_lies_around_the_longest_gap():

@@ -74,7 +74,7 @@ def test_the_rest():
                    "opened": {"tried": {"none": 4, "base_lr": 13}}},
         "batch": {"rows": 64, "ms": 14.0, "floor_ms": 11.0, "one_ms": 5.0, "fitting": {"none": 10, "base_lr": 27}},
         "peers": {"prefill_s": {"4096": 0.129, "8192": 0.27}, "eager_decode_ms": 90.0, "merged_decode_ms": 5.9},
-        "profile": {"a": {"between_steps": 0.02}, "b": {"absent": "no device"}},
+        "profile": {"a": {"idle_untraced": 0.02}, "b": {"absent": "no device"}},
     }  # fmt: skip
     assert reached(results) == {
         "decode step on 160 tokens: x floor": (1.1, True),
@@ -88,7 +88,7 @@ def test_the_rest():
         "transformers + PEFT to us, prefill of 4,096": (1.29, False),
         "transformers + PEFT to us, decode, eager": (15.0, True),
         "transformers + PEFT to us, decode, merged, static, compiled": (5.9 / 6, False),
-        "device idles between steps, a": (0.02, True),
+        "share of a step that the device idles, a": (0.02, True),
     }
     assert reached({"peers": {"absent": "not installed: torch"}, "trace": results["trace"]}).keys() == {
         "decode step on 160 tokens: x floor", "decode step on 33,700 tokens: x floor"
@@ -120,7 +120,7 @@ def test_figures_are_drawn_of_whatever_there_is(tmp_path):
     results = {
         "trace": {"8192": trace(none={"bytes_needed": 2, "bytes_limit": 1}, base_lr=mode(1.2), full=mode(1.1))},
         "profile": {"a": {"absent": "no device"},
-                    "b": {"between_steps": 0.02, "idle": 0.1, "kernels": [[-1.0, 1.0, "k"], [2.0, 1.0, "k"]]}},
+                    "b": {"idle_untraced": 0.02, "idle": 0.1, "kernels": [[-1.0, 1.0, "k"], [2.0, 1.0, "k"]]}},
     }  # fmt: skip
     names = [path.name for path in write_plots(results, tmp_path)]
     assert names == ["agents-ttft.png", "agents-throughput.png", "agents-timeline-1.png", "agents-targets.png"]

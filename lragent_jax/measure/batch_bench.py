@@ -48,7 +48,7 @@ def measure_batch(model: BenchModel, setting: BenchSetting, rows: int, prefix: i
     reading_s = wall_seconds(read)
     together = decode_step(engine, trajectories, agents, setting.steps, setting.repeats)
     distinct = prefix + rows * (together["context"] - prefix)
-    profile = profiled(engine, trajectories, agents, setting.steps) if setting.profile else None
+    profile = profiled(engine, trajectories, agents, setting.steps, together["ms"]) if setting.profile else None
     one = decode_step(engine, trajectories[:1], agents[:1], setting.steps, setting.repeats)
     say(f"{rows} rows: {together['ms']:.2f} ms per step, one: {one['ms']:.2f} ms; "
         f"contexts read in {reading_s:.1f} s; {compiling.num_programs} programs compiled or fetched in "

@@ -85,7 +85,7 @@ def _timeline(axes, profile: Results) -> None:
     """The kernels around the longest gap between two of them."""
     bars = [(start, duration) for start, duration, _ in profile["kernels"]]
     axes.broken_barh(bars, (0, 1), facecolors=_COLOURS["base_lr"], edgecolors="white", linewidth=0.3)
-    title = f"idle between steps {profile['between_steps']:.1%}, between kernels {profile['idle']:.1%} of the time"
+    title = f"idle: {profile['idle']:.1%} of the time while traced, {profile['idle_untraced']:.1%} otherwise"
     axes.set(xlabel="µs from the longest gap of the block", yticks=[], title=title)
 
 

@@ -68,17 +68,23 @@ def gaps(kernels: Sequence[Kernel]) -> list[Gap]:
     return found
 
 
-def idle_shares(kernels: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
-    """How much of the time of `num_steps` steps of one program the device idles.
+def idle_shares(kernels: Sequence[Kernel], num_steps: int, untraced_ms: float) -> dict[str, Any]:
+    """How much of the time of `num_steps` steps of one program the device idles; one takes `untraced_ms` untraced.
 
     `idle`: all gaps between kernels over the time from the first to the last. `between_steps`: the num_steps - 1
     longest of them, one for each border of two steps: if the borders' are not the longest, they are shorter still.
+    Both are those of the traced run, whose launches the profiler makes slower, and with them the gaps. `idle_untraced`
+    is free of that: what is left of an untraced step beside its kernels, all gaps counted.
     """
     window = max(kernel.stop for kernel in kernels) - min(kernel.start for kernel in kernels)
     lengths = sorted((gap.length for gap in gaps(kernels)), reverse=True)
+    busy_ms = 1e-6 * (window - sum(lengths)) / num_steps
     return {
         "steps": num_steps,
         "ms_per_step": 1e-6 * window / num_steps,
+        "busy_ms_per_step": busy_ms,
+        "untraced_ms": untraced_ms,
+        "idle_untraced": max(0.0, 1 - busy_ms / untraced_ms),
         "kernels_per_step": len(kernels) / num_steps,
         "idle": sum(lengths) / window,
         "between_steps": sum(lengths[: num_steps - 1]) / window,

@@ -131,8 +131,8 @@ def _of_peers(results: Results) -> Iterator[Target]:
 
 def _of_idle(results: Results) -> Iterator[Target]:
     for name, profile in results.get("profile", {}).items():
-        if "between_steps" in profile:
-            yield Target(f"device idles between steps, {name}", MAX, 0.03, profile["between_steps"])
+        if "idle_untraced" in profile:
+            yield Target(f"share of a step that the device idles, {name}", MAX, 0.03, profile["idle_untraced"])
 
 
 def _of_ready(results: Results) -> Iterator[Target]:

@@ -123,7 +123,9 @@ def _solo(engine: Engine, model: BenchModel, setting: BenchSetting, total: int) 
             step = decode_step(engine, [trajectory], [agent], setting.steps, setting.repeats)
             steps[name] = step | {"floor_ms": setting.step_floor_ms(model.weight_bytes, step["context"])}
             if setting.profile and name != str(PEER_CONTEXT):
-                profile[f"one row on {context:,} tokens"] = profiled(engine, [trajectory], [agent], 2 * setting.steps)
+                profile[f"one row on {context:,} tokens"] = profiled(
+                    engine, [trajectory], [agent], 2 * setting.steps, step["ms"]
+                )
     prefills = {
         str(tokens): prefill_seconds(engine, agent, tokens, setting.repeats)
         for tokens in PEER_PREFILLS
@@ -136,12 +138,15 @@ def _solo(engine: Engine, model: BenchModel, setting: BenchSetting, total: int) 
 
 
 def profiled(
-    engine: Engine, trajectories: Sequence[Trajectory], agents: Sequence[str], steps: int
+    engine: Engine, trajectories: Sequence[Trajectory], agents: Sequence[str], steps: int, step_ms: float
 ) -> dict[str, Any]:  # fmt: skip
-    """When the device idles while so many steps are decoded. Nothing new should be in the trajectories."""
+    """When the device idles while so many steps are decoded, of `step_ms` each without the profiler.
+
+    Nothing new should be in the trajectories.
+    """
     kernels = busiest_program(
         traced_kernels(lambda: engine.generate(list(trajectories), list(agents), exactly(1 + steps)))
     )
     if not kernels:
         return {"absent": "the profiler saw no device"}
-    return idle_shares(kernels, steps) | {"kernels": around_longest_gap(kernels)}
+    return idle_shares(kernels, steps, step_ms) | {"kernels": around_longest_gap(kernels)}

@@ -168,7 +168,7 @@ class FusedProduct(NamedTuple):
 
 
 def max_error(dtype) -> float:
-    """The relative error against f32 that passes in 16 bits: one last bit. Rounding makes up to three quarters of it."""
+    """The relative error against f32 that passes in 16 bits: one last bit. Rounding makes up to three fourths."""
     return float(jnp.finfo(dtype).eps)
 
 

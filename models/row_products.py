@@ -1,4 +1,7 @@
-"""Products of few rows with weights, and what stands around them, as one kernel: a decode step on Hopper GPUs."""
+"""Products of few rows with weights, and what stands around them, as one kernel: a decode step on Hopper GPUs.
+
+Switched off until its time is known: `kernels/row_matmul/dispatch.py`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +24,12 @@ def row_products(
     residual: Float[Array, "B T _"] | None = None,
     implementation: str | None,
 ) -> list[Any] | None:
-    """`row_matmul` of the B·T rows, where it has a kernel for them: never for many rows, or where a mesh divides them.
+    """`row_matmul` of the B·T rows, where it is switched on and has a kernel for them.
+
+    It has none for many rows, and where a mesh divides them.
 
     `norm` is a scale and an epsilon. `implementation` is the one of attention: its name, too, if there is one of it.
-    None: nothing was done, and XLA's own operations are as good.
+    None: nothing was done, and the caller's own operations are to do it.
     """
     B, T, width = x.shape
     if not dispatch.ENABLED_BY_DEFAULT or B * T > MAX_ROWS or is_divided():

@@ -6,9 +6,12 @@ program, next to their sum. A floor is bytes over the copy bandwidth or FLOP ove
 both measured here. Adapters (rank 16 on q and v) differ from row to row; in decode the rows are agents of one
 trajectory. Below come other ways to do the same: the projections with A in one matrix against matmuls of their own, and
 the expanding of mixed rows by a gather of B against one product with all adapters' B under a mask. With `--trace` the
-profiler's kernels of the whole pass are listed, too. The last line of standard output is one line of JSON.
+profiler's kernels of the whole pass are listed, too. Last come the products of decode steps of 1 and of 8 rows, each
+with what stands around it: as XLA does them, and by the kernel of `row_matmul`, which models use where its default says
+so; first their relative errors against f32, then their times. The last line of standard output is one line of JSON.
 
     python scripts/profile_step.py --batch 8 --context 16384 --chunk 1024
+    python scripts/profile_step.py --batch 0 --chunk 0 --product-rows 1 8
 """
 
 import argparse
@@ -28,14 +31,24 @@ from rich.table import Table
 
 from lragent_jax import generation
 from lragent_jax.kernels import page_write
+from lragent_jax.kernels.row_matmul import Norm
 from lragent_jax.measure.device_trace import traced_kernels
+from lragent_jax.measure.fused_products import (
+    Shared,
+    by_kernel,
+    by_xla,
+    comparisons,
+    kept,
+    linear,
+    products_table,
+    rms_norm,
+)
 from lragent_jax.measure.timing import DeviceSpeed, chain, measure_device, median_seconds
 from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, lora_delta, shrink
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import random_params
-from lragent_jax.models.matrix_product import matrix_product
 from lragent_jax.models.rope import inverse_frequencies, rotation
 
 CALLS = 8  # in a turn of a chain
@@ -117,20 +130,8 @@ def table_of(setting: Pass, num_pages: int) -> PageTable:
 # Operations, each as models/ has it.
 
 
-def linear(x, kernel):
-    return matrix_product(lambda x, kernel: jnp.einsum("bti,io->bto", x, kernel), x, kernel)
-
-
-def rms_norm(x, weights, _):
-    wide = x.astype(jnp.float32)
-    return weights[0] * (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype)
-
-
-def kept(result, *others):
-    """`result` with a corner of `others` on it, or XLA would not compute what nobody reads; takes a small kernel."""
-    result, *others = lax.optimization_barrier((result, *others))  # nor more than what is read
-    width = min(other.shape[-1] for other in others)
-    return result.at[..., :width].add(sum(other[..., :width] for other in others))
+def norms(x, weights, _):
+    return rms_norm(x, Norm(weights[0], 1e-5))
 
 
 def plain_projections(x, weights, _):
@@ -223,7 +224,7 @@ def dense_operations(setting: Pass, random: Random) -> list[Operation]:
     x, last = (random(B, tokens, D, scale=1.0) for tokens in (T, 1))
     mlp_shapes, o_shape = [shapes[name] for name in ("gate", "up", "down")], shapes["o"]
     return [
-        Operation("norms", rms_norm, x, ((random(D, scale=1.0),),), 2 * M * D * setting.itemsize, 0, 2 * L),
+        Operation("norms", norms, x, ((random(D, scale=1.0),),), 2 * M * D * setting.itemsize, 0, 2 * L),
         Operation("o projection", output_projection, x, random.copies(setting, o_shape),
                   *matmul_cost(setting, M, o_shape), L),
         Operation("MLP", mlp, x, random.copies(setting, *mlp_shapes), *matmul_cost(setting, M, *mlp_shapes), L),
@@ -343,6 +344,36 @@ def kernel_seconds(run: Callable[[], jax.Array]) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda item: -item[1])[:12]
 
 
+# The products of a decode step, by two ways.
+
+
+def measure_products(setting: Pass, speed: DeviceSpeed, chain_s: float) -> list[dict[str, Any]]:
+    """Those of setting.B rows: errors first, then times, the kernel's only where it is right and refuses nothing."""
+    B, D, random = setting.B, setting.config.width, Random(setting.dtype)
+    shared = Shared(random(D, scale=1.0), random(B, D, scale=1.0))
+    reports, reasons = [], []
+    for one in comparisons(setting.config):
+        num_bytes, flop = one.cost(B, setting.itemsize)
+        two_sets = setting._replace(cycled_bytes=max(setting.cycled_bytes, num_bytes))  # at least
+        x, weights = random(B, one.products[0].width, scale=1.0), random.copies(two_sets, *one.shapes)
+        if len(one.products) == 1:
+            checked = one.products[0].check(x, weights[0], shared)
+            reason = checked["kernel_not_timed"]
+            reasons += [reason] if reason else []
+        else:  # the ones before
+            checked, reason = {}, reasons[0] if reasons else None
+        ways = {"xla_us": by_xla} if reason else {"xla_us": by_xla, "kernel_us": by_kernel}
+        operations = {
+            key: Operation(one.name, one.repeated(way), x, weights, num_bytes, flop, setting.config.num_layers, shared)
+            for key, way in ways.items()
+        }
+        times = {key: seconds_of(operation, speed, chain_s) for key, operation in operations.items()}
+        times["floor_us"] = speed.floor_s(num_bytes, flop)
+        reports.append({"name": one.name, "rows": B} | {key: round(s * 1e6, 4) for key, s in times.items()}
+                       | checked | {"kernel_not_timed": reason})  # fmt: skip
+    return reports
+
+
 # What is shown.
 
 
@@ -391,9 +422,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="of the whole pass; all of the preset's by default")
-    parser.add_argument("--batch", type=int, default=8, help="agents in the decode step")
+    parser.add_argument("--batch", type=int, default=8, help="agents in the decode step; 0: no such pass")
     parser.add_argument("--context", type=int, default=16_384)
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of the prefill chunk; 0: no such pass")
+    parser.add_argument(
+        "--product-rows",
+        type=int,
+        nargs="*",
+        default=[1, 8],
+        metavar="ROWS",
+        help="of the decode steps whose products XLA and row_matmul's kernel do; none: no such table",
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
@@ -408,15 +447,22 @@ def main() -> None:
     speed = measure_device()
     print(f"{jax.devices()[0].device_kind}: {speed.bytes_per_s / 1e9:.0f} GB/s, {speed.flop_per_s / 1e9:.0f} GFLOP/s",
           file=sys.stderr, flush=True)  # fmt: skip
-    reports = []
+
+    def setting(B, T):
+        return Pass(config, B, T, arguments.context, arguments.rank, arguments.page_size, arguments.dtype,
+                    arguments.implementation, arguments.cycle)  # fmt: skip
+
+    passes, products = [], []
     for B, T in ((arguments.batch, 1), (1, arguments.chunk)):
-        if T:
-            setting = Pass(config, B, T, arguments.context, arguments.rank, arguments.page_size, arguments.dtype,
-                           arguments.implementation, arguments.cycle)  # fmt: skip
-            reports.append(measure(setting, speed, arguments.chain, arguments.trace))
-            show(reports[-1])
+        if B and T:
+            passes.append(measure(setting(B, T), speed, arguments.chain, arguments.trace))
+            show(passes[-1])
+    for B in arguments.product_rows:
+        products += measure_products(setting(B, 1), speed, arguments.chain)
+    if products:
+        Console(width=120).print(products_table(products))
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "preset": arguments.preset,
-                      **speed._asdict(), "passes": reports}))  # fmt: skip
+                      **speed._asdict(), "passes": passes, "products": products}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lragent_jax.measure.tpu_programs import Workload, model_mesh
+from lragent_jax.models.config import LlamaConfig
+
 # What an H100 says of itself (jaxlib's GpuTargetConfig), written down once on one.
 H100 = Path(__file__).with_name("h100.gpu_target_config.pbtxt")
 
@@ -78,6 +81,20 @@ def compile_for(mesh: Mesh, function: Callable, *shapes, **jit_options) -> jax.s
 
     with jax.set_mesh(mesh):
         return jax.jit(function, **jit_options).lower(*jax.tree.map(place, shapes)).compile()
+
+
+def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Compiled, list]:
+    """`prefill` or `decode` of a small model of two layers for an H100, adapters on q and v; and its pools."""
+    config = LlamaConfig(
+        vocab_size=512, width=1024, mlp_width=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=128,
+        rope_theta=1e4, norm_eps=1e-5, context_length=4096,
+    )  # fmt: skip
+    workload = Workload(
+        config=config, mesh=model_mesh(h100().devices.flatten()), page_size=64, pages=700, width=64, rank=8,
+        batch=batch, tokens=tokens, implementation="pallas_mosaic_gpu",
+    )  # fmt: skip
+    compiled = workload.lower(program).compile()
+    return compiled, [pool for pools in workload.caches() for pool in pools]
 
 
 def implementations_in(compiled: jax.stages.Compiled) -> set[str]:

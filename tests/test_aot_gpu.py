@@ -17,6 +17,7 @@ from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS, dispatc
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BlockSizes as MosaicPrefill
 from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes
 from lragent_jax.kernels.row_matmul import Norm, row_matmul
+from lragent_jax.kernels.row_matmul import dispatch as row_matmul_dispatch
 from lragent_jax.models.matrix_product import matrix_product
 
 pytestmark = pytest.mark.aot
@@ -172,3 +173,17 @@ def test_the_products_of_a_decode_step_compile_and_copy_no_weight(rows):
     assert (compiled.as_text() or "").count('custom_call_target="mosaic_gpu') == 4
     assert aot.copies_of(compiled, *jax.tree.leaves(weights)) == []
     assert aot.temporaries(compiled) < 2 * rows * 2 * (2 * D + F)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_a_decode_step_compiles_with_four_products_per_layer_only_where_they_are_switched_on(
+    monkeypatch, switched_on, batch
+):
+    if switched_on:
+        monkeypatch.setattr(row_matmul_dispatch, "ENABLED_BY_DEFAULT", True)
+    jax.clear_caches()  # the switch is no argument of what is traced
+    compiled, _ = aot.engine_program("decode", batch, 1)
+    kernels = re.findall(r"custom-call\(.*row_matmul_pallas_mosaic_gpu", compiled.as_text() or "")
+    assert len(kernels) == (2 * 4 if switched_on else 0)
+    jax.clear_caches()

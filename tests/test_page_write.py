@@ -16,10 +16,8 @@ from tolerances import assert_close
 from lragent_jax.kernels import page_write
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.page_write import LowRank, Pools, Projections, Rotation, Slots, pallas_mosaic_gpu
-from lragent_jax.measure.tpu_programs import Workload, model_mesh
 from lragent_jax.models import cache_view
 from lragent_jax.models.cache_view import LayerCache, PageTable
-from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.matrix_product import FEW_ROWS
 
 THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
@@ -259,25 +257,12 @@ def test_an_implementation_that_does_not_exist_is_named():
         shapes_of((), arguments())
 
 
-def compiled_for_h100(program: str, batch: int, tokens: int):
-    config = LlamaConfig(
-        vocab_size=512, width=1024, mlp_width=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5, context_length=4096,
-    )  # fmt: skip
-    workload = Workload(
-        config=config, mesh=model_mesh(aot.h100().devices.flatten()), page_size=64, pages=700, width=64, rank=8,
-        batch=batch, tokens=tokens, implementation="pallas_mosaic_gpu",
-    )  # fmt: skip
-    compiled = workload.lower(program).compile()
-    return compiled, [pool for pools in workload.caches() for pool in pools]
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("program", "batch", "tokens"), [("decode", 1, 1), ("decode", 8, 1), ("prefill", 1, 16), ("prefill", 1, 320)]
 )
 def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens):
-    compiled, pools = compiled_for_h100(program, batch, tokens)
+    compiled, pools = aot.engine_program(program, batch, tokens)
     text = compiled.as_text() or ""
     assert len(re.findall(r"custom-call\(.*rotate_and_write_h128", text)) == 2
     assert not re.search(r"%\S*scatter\S* = bf16", text)
@@ -290,7 +275,7 @@ def test_a_chunk_of_prefill_joins_no_weights_and_pads_no_queries():
     tokens = 320
     assert tokens % 128
     assert tokens > FEW_ROWS
-    text = compiled_for_h100("prefill", 1, tokens)[0].as_text() or ""
+    text = aot.engine_program("prefill", 1, tokens)[0].as_text() or ""
     assert not re.search(r"= \(?bf16\[1024,(2048|2064)\]\S*( fusion| concatenate)", text)  # [W_q | W_k | W_v (| A)]
     assert "bf16[1,384,8,128]" not in text
     assert "bf16[1,384,1024]" not in text

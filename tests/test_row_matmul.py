@@ -14,6 +14,7 @@ from tolerances import assert_close
 
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.row_matmul import Norm, dispatch, pallas_mosaic_gpu, row_matmul, xla
+from lragent_jax.measure.tpu_programs import Workload, model_mesh
 from lragent_jax.models import row_products
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.cache_view import LayerCache, PageTable
@@ -165,6 +166,7 @@ def test_models_use_it_for_few_rows_alone(monkeypatch):
         return "xla"
 
     monkeypatch.setattr(dispatch, "choose", choose)
+    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", True)
     w = jnp.zeros((8, 8))
     run = functools.partial(row_products.row_products, weights=[w], implementation=None)
     for B, T in ((1, 1), (16, 1), (2, 8), (17, 1), (1, 32)):
@@ -174,6 +176,31 @@ def test_models_use_it_for_few_rows_alone(monkeypatch):
     monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", False)
     assert run(jnp.zeros((1, 1, 8))) is None
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize(("program", "batch", "tokens"), [("decode", 8, 1), ("prefill", 1, 16)])
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_without_the_switch_no_program_contains_it(monkeypatch, switched_on, program, batch, tokens):
+    """On a GPU, that is, and of a model that it fits; the kernel itself only counts here."""
+    used = []
+
+    def count(x, weights, *, implementation, **options):
+        used.append(implementation)
+        return row_matmul(x, weights, implementation="xla", **options)
+
+    if switched_on:
+        monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", True)
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(row_products, "row_matmul", count)
+    jax.clear_caches()  # the switch is no argument of what is traced
+    config = dataclasses.replace(LlamaConfig.preset("tiny"), width=512, mlp_width=128, num_heads=8, head_dim=64)
+    workload = Workload(
+        config=config, mesh=model_mesh(jax.devices()[:1]), batch=batch, tokens=tokens, pages=8, width=4, rank=8,
+        page_size=16, implementation=None,
+    )  # fmt: skip
+    workload.lower(program)
+    jax.clear_caches()
+    assert set(used) == ({"pallas_mosaic_gpu"} if switched_on else set())
 
 
 @pytest.mark.parametrize("targets", [(), ("q", "k", "v"), ("q", "o", "up", "down")])
@@ -214,6 +241,7 @@ def test_a_block_is_the_same_by_either_way(monkeypatch, targets):
         used.append(name)
         return xla
 
+    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", True)
     monkeypatch.setattr(dispatch, "choose", lambda *args: "pallas_mosaic_gpu")
     monkeypatch.setattr(dispatch, "load", substitute)
     monkeypatch.setattr("lragent_jax.kernels.row_matmul.api.choose", lambda *args: "pallas_mosaic_gpu")

@@ -12,9 +12,11 @@ from lragent_jax.kernels.row_matmul.arguments import Norm
 # In order of preference, and where they are tried unasked.
 IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 
-# Whether models take another implementation than XLA's at all; where a residual is added, too; and whether it may read
-# weights, which in models are always at rest, while the operation before still runs.
-ENABLED_BY_DEFAULT = True
+# Whether models take another implementation than XLA's at all. Not yet: the kernel has run on an H100 and computed what
+# it should, but nobody has timed it there. `scripts/profile_step.py` does, beside XLA: "products of a decode step".
+ENABLED_BY_DEFAULT = False
+# Where models may take it: whether also where a residual is added, and whether it may read weights, which in models are
+# always at rest, while the operation before still runs.
 RESIDUAL_BY_DEFAULT = True
 EARLY_BY_DEFAULT = False
 

@@ -15,6 +15,7 @@ import numpy as np
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.awaited_pages import pages_needed_next, pages_written
 from lragent_jax.device_work import DeviceWork, InFlight
+from lragent_jax.dispatcher import may_wait
 from lragent_jax.executor import Executor, Row
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.held_pages import add_pages, held_pages
@@ -25,6 +26,9 @@ from lragent_jax.request import Request
 from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, plan_step
 from lragent_jax.sharing import PoolName
 from lragent_jax.trajectory import LiveTrajectories
+
+_UNKNOWN = -1
+"""No number of losses: whatever it is, it is another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Batcher:
     @property
     def _is_inside(self) -> bool:
         """Whether this thread may not wait: the collector runs somebody's finalizer in the middle of another call."""
-        return self._cache.lock.is_mine or self._work.dispatcher.is_current
+        return self._cache.lock.is_mine or not may_wait()
 
     def defer(self, action: Callable[[], None]) -> None:
         """Has something done in the next exclusive section, whoever enters it."""
@@ -213,9 +217,9 @@ class Batcher:
             trajectory.let_go()
             request.row = request.slot = None
         self._running.pop(request.id, None)
-        if request in self._waiting:
+        if ends and request in self._waiting:
             self._waiting.remove(request)
-        if request.is_private and ends:
+        if ends and request.is_private:
             trajectory.drop(lambda key: False)
         self._stuck = False
 
@@ -231,8 +235,9 @@ class Batcher:
         generated = request.generated
         generated.interrupt(len(generated.token_ids))
         request.state = "preempted"
+        if request not in self._waiting:  # first: one that is interrupted here is in both lists, not in none
+            bisect.insort(self._waiting, request, key=lambda other: other.id)
         self._leave(request, ends=False)
-        bisect.insort(self._waiting, request, key=lambda other: other.id)
 
     def pause(self, *, without: str) -> None:
         """Takes everybody out of the batch, to go on in the next step; `TrajectoryBusyError` if agent `without` runs.
@@ -260,16 +265,24 @@ class Batcher:
     # A step.
 
     def _step_or_restart(self) -> None:
+        if (failure := self._work.failure()) is not None:
+            error, block = failure
+            self._begin_anew()
+            # One of those whom it hit is told, the first; the others try again, and if it happens again one less does.
+            for request in (request for request, _, _ in block.rows if not request.done):
+                self._fail(request, error)
+                break
+            return
         try:
-            if (error := self._work.dispatcher.take_error()) is not None:
-                if self._running or any(request.num_admissions for request in self._waiting):
-                    raise error
-                self._work.forget()  # those whom it hit are gone
             self._step()
         except BaseException:  # Ctrl-C included: whoever drove has the error, the others their requests
-            self._restart()
-            self._cache.is_doubtful = True
+            self._begin_anew()
             raise
+
+    def _begin_anew(self) -> None:
+        """After an error: arrays are looked at in the next section, which does this again if it is interrupted."""
+        self._cache.is_doubtful, self._num_losses = True, _UNKNOWN
+        self._restart()
 
     def _step(self) -> None:
         while self._arrivals:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,8 +105,10 @@ class DeviceWork:
             sampling = self._sampling(requests, self._decode_size)
             self._decode_batch = self._executor.decode_batch(rows, slots, sampling, self._decode_size)
             self._decode_key = key
+        # What JAX keeps for every thread, and what programs are compiled by.
+        device, precision = jax.config.jax_default_device, jax.config.jax_default_matmul_precision  # pyright: ignore
         tokens = self.dispatcher.submit(
-            functools.partial(_decode, self._executor, self._scope, self._decode_batch, num_steps)
+            functools.partial(_decode, self._executor, self._scope, self._decode_batch, num_steps, device, precision)
         )
         for request in requests:
             request.num_dispatched = min(request.num_dispatched + num_steps, request.generated.max_new_tokens)
@@ -119,6 +122,13 @@ class DeviceWork:
         due, self._left = [*self._left, *self._given[:-1]], self._given[-1:]
         self._given, self._logits = [], None
         yield from due
+
+    def failure(self) -> tuple[BaseException, InFlight] | None:
+        """What went wrong in the block that the step before gave out, and whose it was. The dispatcher is done."""
+        for entry in self._left:
+            if isinstance(entry.tokens, Dispatched) and entry.tokens.error is not None:
+                return entry.tokens.error, entry
+        return None
 
     def forget(self) -> None:
         """Nobody wants what is under way any more."""
@@ -134,9 +144,14 @@ class DeviceWork:
 
 
 def _decode(
-    executor: Executor, scope: Callable[[], contextlib.AbstractContextManager], batch: DecodeBatch, num_steps: int
+    executor: Executor,
+    scope: Callable[[], contextlib.AbstractContextManager],
+    batch: DecodeBatch,
+    num_steps: int,
+    device: Any,
+    precision: Any,
 ) -> jax.Array:
-    with scope():
+    with jax.default_device(device), jax.default_matmul_precision(precision), scope():
         tokens = executor.decode(batch, num_steps)
         tokens.copy_to_host_async()
         return tokens

@@ -7,6 +7,21 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+_this_thread = threading.local()
+
+
+def wait_for_nobody() -> None:
+    """Says of the calling thread that somebody waits for it who may hold any lock of any engine.
+
+    The collector runs finalizers in whatever thread it likes. In such a one they leave to others what needs an engine.
+    """
+    _this_thread.waits_for_nobody = True
+
+
+def may_wait() -> bool:
+    """Whether the calling thread may wait for an engine."""
+    return not getattr(_this_thread, "waits_for_nobody", False)
+
 
 class Dispatched:
     """A call on its way, and then what it returned or raised."""
@@ -34,13 +49,14 @@ class Dispatched:
 
     def run(self) -> None:
         assert self._call is not None
+        call, self._call, under_way = self._call, None, self._under_way
         try:
-            self._value = self._call()
+            self._value = call()
         except BaseException as error:  # it is raised where the result is asked for
             self.error = error
         finally:
-            self._call = None
-            self._under_way.release()
+            del self  # an error remembers this frame: nothing that holds the error may be in it
+            under_way.release()
 
 
 class _Thread(threading.Thread):
@@ -49,9 +65,13 @@ class _Thread(threading.Thread):
         self.calls: queue.SimpleQueue[Dispatched | None] = queue.SimpleQueue()
 
     def run(self) -> None:
+        wait_for_nobody()
         while (call := self.calls.get()) is not None:
             call.run()
             del call  # what it returned belongs to others
+        while not self.calls.empty():  # given out while the end was
+            if (call := self.calls.get()) is not None:
+                call.run()
 
 
 class Dispatcher:
@@ -71,29 +91,19 @@ class Dispatcher:
         self._thread.start()
         weakref.finalize(self, self._thread.calls.put, None)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the calling thread is this one."""
-        return threading.get_ident() == self._thread.ident
-
     def submit(self, call: Callable[[], Any]) -> Dispatched:
-        """Has the thread make the call, behind all others."""
+        """Has the thread make the call, behind all others; at the interpreter's end, when it is gone, the caller's."""
         self._last = last = Dispatched(call)
-        self._thread.calls.put(last)
+        if self._thread.is_alive():
+            self._thread.calls.put(last)
+        else:
+            last.run()
         return last
 
     def wait(self) -> None:
         """Returns when all calls are over."""
         if self._last is not None:
             self._last.wait()
-
-    def take_error(self) -> BaseException | None:
-        """What the last call raised; told once."""
-        last = self._last
-        if last is None or last.error is None:
-            return None
-        self._last = None
-        return last.error
 
 
 _threads: weakref.WeakSet[_Thread] = weakref.WeakSet()

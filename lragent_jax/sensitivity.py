@@ -202,11 +202,10 @@ def _run_alone(model: _Layers, reading: _Reading):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "implementation"))
 def _run_layer(graphdef, state, x, kv, adapters: LayerAdapters, table: PageTable, config, implementation):
-    inv_freq = inverse_frequencies(config)
-    rope = rotation(table.positions(x.shape[1]), inv_freq)
+    rope = rotation(table.positions(x.shape[1]), inverse_frequencies(config))
     cache = LayerCache(kv=kv, low_rank_v=None, low_rank_k=None)
     x, cache = nnx.merge(graphdef, state)(
-        x, cache, adapters, table, rope, inv_freq, write_base=True, implementation=implementation
+        x, cache, adapters, table, rope, write_base=True, implementation=implementation
     )
     return x, cache.kv
 

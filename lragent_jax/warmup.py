@@ -18,6 +18,7 @@ import numpy as np
 
 from lragent_jax import generation
 from lragent_jax.chunks import bucket_for
+from lragent_jax.dispatcher import wait_for_nobody
 from lragent_jax.sampling import SamplingArrays, sampling_arrays
 from lragent_jax.scheduler import batch_size
 
@@ -168,7 +169,8 @@ def compile_side_by_side(
     until all were lowered, and from then on until all were compiled. Raises what the first compilation to fail raised.
     """
     started = time.perf_counter()
-    threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, _MAX_THREADS)), thread_name_prefix="compile")
+    number = max(2, min(os.cpu_count() or 1, _MAX_THREADS))
+    threads = ThreadPoolExecutor(number, thread_name_prefix="compile", initializer=wait_for_nobody)
     try:
         compiling = []
         for what, lower in programs:

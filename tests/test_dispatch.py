@@ -7,11 +7,12 @@ import sys
 import threading
 import weakref
 
+import jax
 import pytest
 from engines import tiny_engine
 
 from lragent_jax.async_engine import AsyncEngine
-from lragent_jax.dispatcher import Dispatcher
+from lragent_jax.dispatcher import Dispatcher, may_wait
 from lragent_jax.engine import Engine
 from lragent_jax.sampling_params import SamplingParams
 
@@ -158,13 +159,12 @@ def test_an_error_of_a_dispatch_is_told_once_and_to_those_it_concerns(engine, de
         if is_cancelled:
             engine.batcher.finish(call.abandon)
         else:
+            engine.batcher.drive(lambda call=call: call.is_over)
             with pytest.raises(RuntimeError, match="no memory"):
-                engine.batcher.drive(lambda call=call: call.is_over)
+                call.check()
+            call.end()
         device.during = lambda: None
         assert engine.generate(QUESTION, "plan", max_new_tokens=13, ignore_eos=True).token_ids == want
-        if not is_cancelled:
-            assert call.requests[0].output().token_ids == want, "whoever did not drive goes on"
-            call.end()
     assert engine.cache_stats().bytes_used == 0
 
 
@@ -219,8 +219,8 @@ def test_the_collector_may_end_anything_in_the_dispatching_thread(engine, device
 def test_a_dispatcher_ends_with_whoever_had_it():
     dispatcher = Dispatcher()
     thread, value = dispatcher._thread, threading.local()
-    assert dispatcher.submit(lambda: dispatcher.is_current).result() is True
-    assert not dispatcher.is_current
+    assert dispatcher.submit(may_wait).result() is False
+    assert may_wait()
     kept = dispatcher.submit(lambda: value)
     dispatcher.wait()
     alive = weakref.ref(value)
@@ -238,3 +238,118 @@ def test_the_interpreter_ends_behind_what_was_dispatched():
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS, check=True)
     assert (out.stdout, out.stderr) == ("done\n", "")
+
+
+def test_behind_the_interpreters_end_the_caller_does_it():
+    dispatcher = Dispatcher()
+    dispatcher._thread.calls.put(None)
+    dispatcher._thread.join(SECONDS)
+    assert dispatcher.submit(may_wait).result() is True
+    dispatcher.wait()
+
+
+def test_what_went_wrong_keeps_nothing_alive():
+    class Caches:
+        def fail(self):
+            raise RuntimeError("no memory")
+
+    caches = Caches()
+    alive, dispatcher = weakref.ref(caches), Dispatcher()
+    thread = dispatcher._thread
+    gc.disable()
+    try:
+        failed = dispatcher.submit(caches.fail)
+        dispatcher.wait()
+        assert str(failed.error) == "no memory"
+        del failed, caches, dispatcher
+        thread.join(SECONDS)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def fail_in_block(engine: Engine, number: int, monkeypatch) -> None:
+    """The block of that number, counted from now on, cannot be dispatched."""
+    decode, blocks = engine._executor.decode, iter(range(1, 1000))
+
+    def failing(*args):
+        if next(blocks) == number:
+            raise RuntimeError("this block failed")
+        return decode(*args)
+
+    monkeypatch.setattr(engine._executor, "decode", failing)
+
+
+def test_who_was_in_a_block_is_told_and_nobody_else(engine, want, monkeypatch):
+    fail_in_block(engine, 2, monkeypatch)
+    pieces = engine.stream(QUESTION[::-1], "reflect", max_new_tokens=30, ignore_eos=True)
+    while engine.batcher._work.failure() is None:
+        next(pieces)
+    assert engine.generate(QUESTION, "plan", max_new_tokens=13, ignore_eos=True).token_ids == want
+    with pytest.raises(RuntimeError, match="this block failed"):
+        list(pieces)
+
+
+def test_of_those_in_a_block_one_is_told_and_the_others_go_on(engine, want, monkeypatch):
+    calls = [opened(engine, QUESTION[i:], "plan") for i in (0, 5, 0)]
+    fail_in_block(engine, 1, monkeypatch)
+    engine.batcher.drive(lambda: all(call.is_over for call in calls))
+    errors = [call.requests[0].error for call in calls]
+    assert [str(error) for error in errors if error] == ["this block failed"]
+    assert calls[2].requests[0].output().token_ids == want
+    for call in calls:
+        call.end()
+
+
+def test_a_second_interrupt_while_everybody_is_taken_out(engine, want, monkeypatch):
+    batcher = engine.batcher
+    pieces = engine.stream(QUESTION, "plan", max_new_tokens=13, ignore_eos=True)
+    got = list(next(pieces).token_ids)
+    suspend, interrupts = batcher._suspend, iter(("the second",))
+
+    def interrupted(request):
+        for which in interrupts:
+            raise KeyboardInterrupt(which)
+        suspend(request)
+
+    def first(result):
+        raise KeyboardInterrupt("the first")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher, "_suspend", interrupted)
+        patch.setattr(batcher, "_hand_out", first)
+        with pytest.raises(KeyboardInterrupt, match="the second"):
+            engine.generate(QUESTION[::-1], "action", max_new_tokens=20)
+    assert got + [token for piece in pieces for token in piece.token_ids] == want
+
+
+def test_a_stream_that_the_collector_ends_in_a_thread_of_the_warm_up(engine, monkeypatch):
+    garbage: list = [engine.stream(QUESTION, "plan", max_new_tokens=40, ignore_eos=True)]
+    next(garbage[0])
+    compile = jax.stages.Lowered.compile
+
+    def collecting(*args, **kwargs):
+        if threading.current_thread().name.startswith("compile"):
+            garbage.clear()  # as the collector might: this ends the stream here
+        return compile(*args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", collecting)
+    engine.warmup(max_tokens=8, scoring=False)
+    assert not garbage
+    assert engine.metrics().num_cancelled == 1
+
+
+def test_blocks_are_dispatched_under_the_callers_settings(engine, want, monkeypatch):
+    decode, seen = engine._executor.decode, []
+
+    def looking(*args):
+        seen.append([getattr(jax.config, f"jax_default_{name}") for name in ("device", "matmul_precision")])
+        return decode(*args)
+
+    monkeypatch.setattr(engine._executor, "decode", looking)
+    with jax.default_device(jax.devices()[0]), jax.default_matmul_precision("highest"):
+        engine.generate(QUESTION, "plan", max_new_tokens=3, ignore_eos=True)
+    engine.generate(QUESTION, "plan", max_new_tokens=3, ignore_eos=True)
+    assert [jax.devices()[0], "highest"] in seen
+    assert [None, None] in seen
+    assert len({str(settings) for settings in seen}) == 2

@@ -39,11 +39,12 @@ def compilations():
 
 
 def test_every_program_is_compiled_once_in_threads_and_none_where_it_runs(compilations):
-    engine = tiny_engine("none", num_pages=73, prefill_buckets=(8,))  # programs that no other test has
+    engine = tiny_engine("none", num_pages=73, prefill_buckets=(41,))  # passes that no other test has
     times = engine.warmup()
-    names = {"prefill": 1, "decode": 1, "begin": 1, "unembed": 1}
-    assert times.num_programs == 4
-    assert {name: len(compilations[name]) for name in names} == names
+    names = ("prefill", "decode", "begin", "unembed")
+    assert times.num_programs == len(names)
+    assert [len(compilations[name]) for name in names[:2]] == [1, 1]
+    assert all(len(compilations[name]) <= 1 for name in names[2:]), "another test may have had the same"
     assert all(thread.startswith("compile") for name in names for thread in compilations[name])
     assert min(times[1:]) >= 0
     compilations.clear()

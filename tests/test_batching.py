@@ -234,7 +234,7 @@ def test_an_error_is_its_drivers_and_others_go_on(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._executor, "decode", fail)
+        patch.setattr(engine._executor, "run_chunks", fail)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(QUESTION[::-1], "agent3", max_new_tokens=9)
     jax.tree.map(lambda pool: pool.delete(), engine._cache.arrays)  # as an interrupted program leaves them

@@ -280,16 +280,6 @@ def fail_in_block(engine: Engine, number: int, monkeypatch) -> None:
     monkeypatch.setattr(engine._executor, "decode", failing)
 
 
-def test_who_was_in_a_block_is_told_and_nobody_else(engine, want, monkeypatch):
-    fail_in_block(engine, 2, monkeypatch)
-    pieces = engine.stream(QUESTION[::-1], "reflect", max_new_tokens=30, ignore_eos=True)
-    while engine.batcher._work.failure() is None:
-        next(pieces)
-    assert engine.generate(QUESTION, "plan", max_new_tokens=13, ignore_eos=True).token_ids == want
-    with pytest.raises(RuntimeError, match="this block failed"):
-        list(pieces)
-
-
 def test_of_those_in_a_block_one_is_told_and_the_others_go_on(engine, want, monkeypatch):
     calls = [opened(engine, QUESTION[i:], "plan") for i in (0, 5, 0)]
     fail_in_block(engine, 1, monkeypatch)

@@ -269,9 +269,9 @@ class Batcher:
             error, block = failure
             self._begin_anew()
             # One of those whom it hit is told, the first; the others try again, and if it happens again one less does.
-            for request in (request for request, _, _ in block.rows if not request.done):
-                self._fail(request, error)
-                break
+            told = next((request for request, _, _ in block.rows if not request.done), None)
+            if told is not None:
+                self._fail(told, error)
             return
         try:
             self._step()

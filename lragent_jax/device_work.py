@@ -38,8 +38,8 @@ class DeviceWork:
 
     When is a result read? When the device has it, and not before the device has its next work:
 
-    * A prefill is dispatched by the thread that steps; that takes about a millisecond. A block of decode steps is
-      dispatched by a thread of its own: on a GPU that takes as long as the block (see `Dispatcher`).
+    * A prefill is dispatched by the thread that steps, which is soon done. A block of decode steps is dispatched by a
+      thread of its own: on a GPU that takes as long as the block (see `Dispatcher`).
     * First tokens are read while the block that was given out behind their prefill runs. So the time to a first token
       is that of its prefill and of what the device had before, and costs the device nothing.
     * The next step begins when the block has been dispatched: on a GPU, when the device is at its end. So whoever came
@@ -50,8 +50,8 @@ class DeviceWork:
       block runs, and the device never waits.
 
     Reading a block before the next one is given out would let the device wait until the tokens of all rows are text.
-    Planning before a block ends would spare it the wait for the plan, a few hundredths of a short block at the most,
-    and would have whoever comes during a block wait for the whole next one, too.
+    Planning before a block ends would spare it the wait for the plan, and would have whoever comes during a block wait
+    for the whole next one, too.
     """
 
     def __init__(

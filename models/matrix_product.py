@@ -38,8 +38,7 @@ FEW_ROWS = 64
 def unjoined(x: Float[Array, "B T width"], count: int) -> list[Float[Array, "B T width"]]:
     """x so many times, as arrays that XLA on GPUs takes for different ones; of few rows, x itself.
 
-    Products that read the same array it joins to one, and copies their weights side by side in every call: for a chunk
-    of prefill the copy takes as long as an eighth of the products.
+    Products that read the same array it joins to one, and copies their weights side by side in every call.
     """
     if x.shape[0] * x.shape[1] <= FEW_ROWS:
         return [x] * count

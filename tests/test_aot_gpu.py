@@ -187,3 +187,14 @@ def test_a_decode_step_compiles_with_four_products_per_layer_only_where_they_are
     kernels = re.findall(r"custom-call\(.*row_matmul_pallas_mosaic_gpu", compiled.as_text() or "")
     assert len(kernels) == (2 * 4 if switched_on else 0)
     jax.clear_caches()
+
+
+def test_a_program_compiled_twice_is_not_looked_for_where_no_device_can_read_it():
+    """JAX's cache of compiled programs, which the tests switch on, holds nothing for a device that is not there."""
+
+    def double(x):
+        return 2 * x
+
+    for _ in range(2):
+        jax.clear_caches()
+        aot.compile_for(aot.h100(), double, jax.ShapeDtypeStruct((128,), jnp.float32))

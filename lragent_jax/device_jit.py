@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from lragent_jax.flat_tree import FlatTree
 from lragent_jax.models.tensor_parallel import WHOLE, is_sharded
 
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
@@ -24,14 +25,15 @@ class DeviceJit:
 
     Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
     is not compiled once more when it is given its own results, and no process is left out. `resident` names positional
-    arguments, large trees, that lie there already.
+    arguments, large trees, that lie there already. Where a positional argument is a `FlatTree`, the function gets its
+    tree.
     """
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), **jit_options):
         functools.update_wrapper(self, function)
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._by_kind = {
-            kind: jax.jit(function, compiler_options=options, **jit_options)
+            kind: jax.jit(_given_trees(function), compiler_options=options, **jit_options)
             for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
         }
 
@@ -51,6 +53,14 @@ class DeviceJit:
         return [
             arg if is_resident else move(arg) for arg, is_resident in zip(args, self._is_resident, strict=False)
         ]  # fmt: skip
+
+
+def _given_trees(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def with_trees(*args, **kwargs):
+        return function(*(arg.tree if isinstance(arg, FlatTree) else arg for arg in args), **kwargs)
+
+    return with_trees
 
 
 def _on_all_devices(tree: Any) -> Any:

@@ -12,6 +12,7 @@ from lragent_jax import generation
 from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
 from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
+from lragent_jax.flat_tree import FlatTree
 from lragent_jax.generation import NEVER, DecodeState, Slots
 from lragent_jax.models.cache_view import HostOrDevice, PageTable, RecomputedPages
 from lragent_jax.models.errors import OutOfPagesError
@@ -122,6 +123,7 @@ class Executor:
         prefix_cache: bool,
     ):
         self.graphdef, self.params = graphdef, params
+        self._flat_params, self._flat_bank, self._flattened_bank = FlatTree(params), FlatTree(None), None
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
@@ -317,7 +319,7 @@ class Executor:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.decode`, for rows that stand so in their slots."""
         args = (
-            self.graphdef, self.params, self.registry.bank, self.cache.arrays, state, batch.sampling,
+            self.graphdef, self._flat_params, self._bank(), self.cache.arrays, state, batch.sampling,
             batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
             np.int32(num_steps),
         )  # fmt: skip
@@ -402,12 +404,23 @@ class Executor:
         self, tokens, adapter_ids, table: PageTable, write_base: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.prefill`."""
-        args = (self.graphdef, self.params, self.registry.bank, self.cache.arrays, tokens, adapter_ids, table)
+        args = (self.graphdef, self._flat_params, self._bank(), self.cache.arrays, tokens, adapter_ids, table)
         return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""
-        return generation.unembed(self.graphdef, self.params, hidden)
+        return generation.unembed(*self.unembed_arguments(hidden))
+
+    def unembed_arguments(self, hidden: jax.Array | jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+        """Those of `generation.unembed`."""
+        return self.graphdef, self._flat_params, hidden
+
+    def _bank(self) -> FlatTree:
+        """The registry's, which is another one whenever an adapter comes or goes."""
+        if self._flattened_bank is not self.registry.bank:
+            self._flattened_bank = self.registry.bank
+            self._flat_bank = FlatTree(self._flattened_bank)
+        return self._flat_bank
 
 
 def _padded(values: Sequence[int], batch: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lragent_jax.intervals import Interval, difference, intersection, union
@@ -97,15 +98,17 @@ class PageRun:
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from `length` on and releases every page that holds none of the rest."""
-        self.num_losses += bool(self.spans) and self.spans[-1].stop > length
-        self.spans = [_clipped(span, 0, length) for span in self.spans if span.start < length]
+        if self.spans and self.spans[-1].stop > length:
+            self.num_losses += 1
+            self.spans = self.recorded(0, length)
         self.held = intersection(self.held, [(0, length)])
-        used = {index for start, stop in self.held for index in self._page_range(start, stop)}
-        for index, page in enumerate(self.pages):
-            if page != HOLE and index not in used:
-                self.pool.release(page)
-                self.pages[index] = HOLE
-        del self.pages[max(used, default=-1) + 1 :]
+        used = union((pages.start, pages.stop) for pages in itertools.starmap(self._page_range, self.held))
+        for start, stop in difference([(0, len(self.pages))], used):
+            for index in range(start, stop):
+                if self.pages[index] != HOLE:
+                    self.pool.release(self.pages[index])
+                    self.pages[index] = HOLE
+        del self.pages[used[-1][1] if used else 0 :]
 
     def page_spans(self, index: int) -> list[Span]:
         """Who wrote which tokens of page `index`, be it here or gone."""
@@ -169,11 +172,13 @@ class PageRun:
         return other
 
     def _record(self, spans: Iterable[Span]) -> None:
-        """Puts spans in the place of what was recorded for their tokens."""
+        """Puts spans, which are in order, in the place of what was recorded for their tokens."""
         spans = list(spans)
         if spans:
-            kept = _without(self.spans, union((span.start, span.stop) for span in spans))
-            self.spans = _joined([*kept, *spans])
+            # Most go on where the record ends, and the record of a long trajectory is long.
+            first = bisect.bisect_left(self.spans, spans[0].start, key=lambda span: span.stop)
+            kept = _without(self.spans[first:], [(span.start, span.stop) for span in spans])
+            self.spans = [*self.spans[:first], *_joined([*kept, *spans])]
 
     def _page_range(self, start: int, stop: int) -> range:
         return range(start // self.page_size, -(-stop // self.page_size)) if stop > start else range(0)

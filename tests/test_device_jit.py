@@ -35,3 +35,10 @@ def test_it_takes_none_of_another_device(where, monkeypatch):
     assert add.lower(1, y=3).compile()(1) == 4
     with jax.default_device(jax.devices()[0]):
         assert device_kind() == where
+
+
+def test_for_a_comparison_it_takes_others():
+    double = DeviceJit(lambda x: 2 * x)
+    with double.compiled_with({"not_an_option": "1"}), pytest.raises(jax.errors.JaxRuntimeError, match="not_an_option"):
+        double(3)
+    assert double(3) == 6

@@ -1,0 +1,192 @@
+"""The engine's compiled programs under other compiler options, and with `kernels/row_matmul` in decode, side by side.
+
+Regime: random weights with the shapes of Llama-3.1-8B, bfloat16, adapters of rank 8 on q and v, sharing `base_lr`, one
+trajectory, greedy decoding, the host included, medians over `--repeats` calls. Three things that a call is made of:
+milliseconds per step of a decode block (`--steps` of them) on a short context; the time to the first token of a few
+tokens behind a context, which is small work in many kernels; and that of a whole chunk. Figures stand beside those of
+the first variant, which is how the engine comes. A variant that the compiler refuses says so.
+
+Candidates (`--variant NAME` takes some of them):
+
+* `no graphs`: XLA puts what it launches into CUDA graphs, and brings them up to date when an argument has moved, which
+  is once in every call of a prefill and once in a block of steps. Without them every kernel is launched by itself.
+* `no graphs in prefill`: the same for prefill alone.
+* `loop in a graph`: a block's loop is put into a graph with its body. Then the host does not look at its condition
+  after every step.
+* `row_matmul`: a step's products and what stands around them by kernels of our own.
+
+The last line of standard output is one line of JSON.
+
+    python scripts/bench_programs.py
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from lragent_jax import compilation_cache, generation
+from lragent_jax.engine import Engine
+from lragent_jax.kernels.row_matmul import dispatch as row_matmul
+from lragent_jax.measure.bench_model import BenchModel
+from lragent_jax.measure.trace_run import Figures, clean_runs, exactly, random_ids
+from lragent_jax.models.config import LlamaConfig
+
+NO_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
+LOOP_IN_A_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
+}
+
+
+class Variant(NamedTuple):
+    """Compiler options of the two programs, and whether decode takes `kernels/row_matmul`."""
+
+    prefill: Mapping[str, str] = {}
+    decode: Mapping[str, str] = {}
+    row_matmul: bool = False
+
+
+AS_IT_COMES = "as it comes"
+VARIANTS = {
+    AS_IT_COMES: Variant(),
+    "no graphs": Variant(prefill=NO_GRAPHS, decode=NO_GRAPHS),
+    "no graphs in prefill": Variant(prefill=NO_GRAPHS),
+    "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
+    "row_matmul": Variant(row_matmul=True),
+}
+
+
+class Sizes(NamedTuple):
+    """Tokens: of a decode block, of the context behind which few tokens come, of those, and of a whole chunk."""
+
+    steps: int
+    context: int
+    few: int
+    chunk: int
+    repeats: int
+    page_size: int
+
+    @property
+    def longest(self) -> int:
+        """What a trajectory grows to while it is measured."""
+        return max(self.context, self.chunk) + (self.repeats + 8) * max(self.few + 1, self.steps + 1)
+
+
+@contextlib.contextmanager
+def applied(variant: Variant) -> Iterator[None]:
+    """What is compiled meanwhile is compiled so."""
+    default = row_matmul.ENABLED_BY_DEFAULT
+    with contextlib.ExitStack() as stack:
+        for program, options in ((generation.prefill, variant.prefill), (generation.decode, variant.decode)):
+            if options:
+                stack.enter_context(program.compiled_with(options))
+        if variant.row_matmul:
+            jax.clear_caches()  # the switch is no argument of what was traced
+            stack.callback(jax.clear_caches)
+            stack.callback(setattr, row_matmul, "ENABLED_BY_DEFAULT", default)
+            row_matmul.ENABLED_BY_DEFAULT = True
+        yield
+
+
+def measure(model: BenchModel, sizes: Sizes) -> Figures:
+    pages = -(-sizes.longest // sizes.page_size) + 2
+    engine = model.engine(
+        "base_lr", sizes.longest, num_pages=pages, num_low_rank_pages=pages, page_size=sizes.page_size,
+        prefill_buckets=sorted({16, sizes.chunk}), decode_block=sizes.steps, prefix_cache=False,
+    )  # fmt: skip
+    times = engine.warmup(scoring=False)
+    found = {"compile_s": times.lower_s + times.compile_s}
+    agent = model.agents[0]
+
+    def block() -> Figures:
+        with engine.trajectory() as trajectory:
+            trajectory.append(random_ids(engine, sizes.few))
+            out = engine.generate(trajectory, agent, exactly(1 + sizes.steps))
+            return {"step_ms": 1e3 * (out.latency_s - out.ttft_s) / sizes.steps}
+
+    def chunk() -> Figures:
+        return {"chunk_ms": first_token_ms(engine, sizes.chunk)}
+
+    def first_token_ms(engine: Engine, num_tokens: int) -> float:
+        with engine.trajectory() as trajectory:
+            trajectory.append(random_ids(engine, num_tokens))
+            return 1e3 * engine.generate(trajectory, agent, exactly(1)).ttft_s
+
+    found |= clean_runs(block, sizes.repeats).medians
+    with engine.trajectory() as trajectory:
+        trajectory.append(random_ids(engine, sizes.context))
+        engine.generate(trajectory, agent, exactly(1))
+
+        def few() -> Figures:
+            trajectory.append(random_ids(engine, sizes.few))
+            return {"few_ms": 1e3 * engine.generate(trajectory, agent, exactly(1)).ttft_s}
+
+        found |= clean_runs(few, sizes.repeats).medians
+    return found | clean_runs(chunk, sizes.repeats).medians
+
+
+def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
+    """The figures of every variant, or why there are none."""
+    results: dict[str, Any] = {}
+    for name in names:
+        print(f"{name}: compiling and running", file=sys.stderr, flush=True)
+        try:
+            with applied(VARIANTS[name]):
+                results[name] = measure(model, sizes)
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            results[name] = {"refused": str(error).splitlines()[0]}
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    columns = {"step_ms": "decode step", "few_ms": "a few tokens", "chunk_ms": "a chunk", "compile_s": "compiling, s"}
+    table = Table("variant", *columns.values(), title="milliseconds, and times the first line's")
+    first = next((figures for figures in results.values() if "step_ms" in figures), None)
+    for name, figures in results.items():
+        if "refused" in figures or first is None:
+            table.add_row(name, figures.get("refused", ""))
+            continue
+        table.add_row(name, *(f"{figures[key]:.3f} ({figures[key] / (first[key] or 1):.3f})" for key in columns))
+    Console(stderr=True, width=140).print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--variant", action="append", choices=[*VARIANTS], help="may be repeated (default: all)")
+    parser.add_argument("--preset", default="llama-3.1-8b", help="shapes of the model")
+    parser.add_argument("--layers", type=int, help="so many of them")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=64, help="of a decode block")
+    parser.add_argument("--context", type=int, default=4096, help="tokens behind which a few come")
+    parser.add_argument("--few", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    compilation_cache.enable()
+    config = LlamaConfig.preset(arguments.preset)
+    if arguments.layers is not None:
+        config = dataclasses.replace(config, num_layers=arguments.layers)
+    sizes = Sizes(
+        arguments.steps, arguments.context, arguments.few, arguments.chunk, arguments.repeats, arguments.page_size
+    )  # fmt: skip
+    results = run(BenchModel(config, arguments.dtype, arguments.rank), sizes, arguments.variant or [*VARIANTS])
+    show(results)
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"device": device, "jax": jax.__version__, "sizes": sizes._asdict(), "variants": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""scripts/bench_programs.py at toy sizes: every variant has its figures or says why not, and leaves no trace."""
+
+import json
+import sys
+
+import pytest
+from script_modules import load_script
+
+from lragent_jax import compilation_cache, generation
+from lragent_jax.kernels.row_matmul import dispatch
+
+bench_programs = load_script("bench_programs")
+ARGUMENTS = "--preset tiny --layers 1 --dtype float32 --rank 4 --steps 2 --context 20 --few 3 --chunk 32 --page-size 8 --repeats 1"
+
+
+def test_variants_stand_side_by_side(monkeypatch, capsys):
+    variants = {
+        "as it comes": bench_programs.Variant(),
+        "unoptimised": bench_programs.Variant(prefill={"xla_backend_optimization_level": "0"}),
+        "refused": bench_programs.Variant(decode={"not_an_option": "1"}),
+        "row_matmul": bench_programs.Variant(row_matmul=True),
+    }
+    monkeypatch.setattr(bench_programs, "VARIANTS", variants)
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench_programs.py", *ARGUMENTS.split()])
+    bench_programs.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["variants"]
+    assert list(results) == list(variants)
+    assert "not_an_option" in results.pop("refused")["refused"]
+    for figures in results.values():
+        assert all(figures[name] > 0 for name in ("step_ms", "few_ms", "chunk_ms", "compile_s"))
+
+
+def test_a_variant_applies_to_what_is_compiled_meanwhile():
+    before = generation.decode._by_kind
+    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=True)):
+        assert dispatch.ENABLED_BY_DEFAULT
+        assert generation.decode._by_kind is not before
+        assert generation.prefill._by_kind[None] is generation.prefill._jitted()
+    assert not dispatch.ENABLED_BY_DEFAULT
+    assert generation.decode._by_kind is before
+
+
+def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_programs.py", "--variant", "faster"])
+    with pytest.raises(SystemExit):
+        bench_programs.main()

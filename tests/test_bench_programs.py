@@ -10,7 +10,10 @@ from lragent_jax import compilation_cache, generation
 from lragent_jax.kernels.row_matmul import dispatch
 
 bench_programs = load_script("bench_programs")
-ARGUMENTS = "--preset tiny --layers 1 --dtype float32 --rank 4 --steps 2 --context 20 --few 3 --chunk 32 --page-size 8 --repeats 1"
+ARGUMENTS = (
+    "--preset tiny --layers 1 --dtype float32 --rank 4 --page-size 8 "
+    "--steps 2 --context 20 --few 3 --chunk 32 --repeats 1"
+)
 
 
 def test_variants_stand_side_by_side(monkeypatch, capsys):

@@ -35,7 +35,7 @@ demo: $(CORE) $(DEMO)  ## three trained agents answer questions, in four sharing
 	@$(BIN)/lragent demo $(ARGS)
 
 test: $(DEV)  ## the test suite
-	$(PYTEST) -m "not parity and not aot" -n $(WORKERS) $(ARGS)
+	$(PYTEST) -m "not parity and not aot" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Where the plugins for GPUs and TPUs are installed and their devices are not there, JAX complains whenever it starts:
 # they get an environment of their own. XLA_FLAGS is set, if to nothing, so that tests/conftest.py turns no optimiser off.
@@ -43,7 +43,7 @@ test-aot:  ## compiles the kernels for GPUs and TPUs that are not there; install
 	@$(MAKE) --no-print-directory aot-tests VENV=$(VENV)-aot
 
 aot-tests: $(AOT)
-	JAX_PLATFORMS=cpu XLA_FLAGS="$$XLA_FLAGS" $(PYTEST) -m aot -n $(WORKERS) $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS="$$XLA_FLAGS" $(PYTEST) -m aot -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-parity: $(PARITY)  ## live comparison with transformers and PEFT; installs torch
 	@$(BIN)/python -c "import peft, torch, transformers"

@@ -83,6 +83,7 @@ def compile_for(mesh: Mesh, function: Callable, *shapes, **jit_options) -> jax.s
         return jax.jit(function, **jit_options).lower(*jax.tree.map(place, shapes)).compile()
 
 
+@functools.cache
 def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Compiled, list]:
     """`prefill` or `decode` of a small model of two layers for an H100, adapters on q and v; and its pools."""
     config = LlamaConfig(
@@ -97,9 +98,15 @@ def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Co
     return compiled, [pool for pools in workload.caches() for pool in pools]
 
 
+@functools.lru_cache(maxsize=1)
+def text_of(compiled: jax.stages.Compiled) -> str:
+    """The program as XLA writes it, kernels included, which takes it a second; its readers ask one after the other."""
+    return compiled.as_text() or ""
+
+
 def implementations_in(compiled: jax.stages.Compiled) -> set[str]:
     """Names of the implementations of `lora_attention` whose operations the program holds."""
-    return set(re.findall(r"/lora_attention_(\w+)/", compiled.as_text() or ""))
+    return set(re.findall(r"/lora_attention_(\w+)/", text_of(compiled)))
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int:
@@ -115,7 +122,7 @@ def copies_of(compiled: jax.stages.Compiled, *arrays) -> list[str]:
     Whatever shape they give it, and whether on their own or as a fusion, which XLA names after what it does.
     """
     sizes = {math.prod(array.shape) for array in arrays}
-    operations = re.findall(r"%(\S+) = \(?\w+\[([\d,]+)\]\S* ([\w-]+)\(", compiled.as_text() or "")
+    operations = re.findall(r"%(\S+) = \(?\w+\[([\d,]+)\]\S* ([\w-]+)\(", text_of(compiled))
     return [
         name
         for name, shape, kind in operations

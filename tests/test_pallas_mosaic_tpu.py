@@ -55,8 +55,10 @@ def run(case: Case, **keywords):
     return lora_attention(*args, **more, **keywords, return_lse=True, implementation="pallas_mosaic_tpu")
 
 
-@pytest.mark.parametrize("case", ON_TPU, ids=lambda case: case.name)
-@pytest.mark.parametrize("block_kv", [128, 256])
+# A page per block and two, on either path.
+@pytest.mark.parametrize(
+    ("case", "block_kv"), [*zip(ON_TPU, (128, 256, 256, 128), strict=True)], ids=lambda it: getattr(it, "name", it)
+)
 def test_shapes_of_a_tpu(case, block_kv, monkeypatch):
     monkeypatch.setattr(pallas_mosaic_tpu, "heuristic", lambda *_: dataclasses.replace(SMALL, block_kv=block_kv))
     check(case, run(case), oracle(make_inputs(case)))

@@ -47,13 +47,13 @@ PREFIX = Case(
 KEYS = dataclasses.replace(PREFIX, name="low-rank keys on one prefix", r_k=4, H=32)
 
 
-@pytest.mark.parametrize("case", [PREFIX, KEYS], ids=lambda case: case.name)
 @pytest.mark.parametrize(
-    "sizes",
+    ("case", "sizes"),
     [
-        DecodeBlockSizes(16, rows_per_item=4, programs=6),  # several readers per item, two pages per block
-        DecodeBlockSizes(64, rows_per_item=8, programs=1),  # items as long as can be
-        PrefillBlockSizes(16, 16),
+        (KEYS, DecodeBlockSizes(16, rows_per_item=4, programs=6)),  # several readers per item, two pages per block
+        (PREFIX, DecodeBlockSizes(64, rows_per_item=8, programs=1)),  # items as long as can be
+        (PREFIX, PrefillBlockSizes(16, 16)),
+        (KEYS, PrefillBlockSizes(16, 16)),
     ],
     ids=str,
 )

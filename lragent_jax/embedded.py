@@ -24,7 +24,7 @@ ADAPTERS = DATA / "adapters"
 
 # One bucket, and a look at every token: on two cores a program of thirty layers takes longer to compile than most calls
 # run, what only fills a chunk up costs as much as what is asked for, and so does a token behind a stop string.
-_CPU_OPTIONS = {"prefill_buckets": (32,), "decode_block": 1}
+_CPU_OPTIONS = {"prefill_buckets": (32,), "decode_block": 1, "prefill_tokens": 256, "prefill_batch_size": 1}
 
 
 def find_model() -> Path:

@@ -102,8 +102,8 @@ class Executor:
     """The compiled programs of one engine over its weights, adapters and caches.
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
-    them and to a power of two, `max_batch_size` rows at most and in prefill `token_budget` tokens, so their number is
-    bounded and nothing compiles after a `Warmup`.
+    them and to a power of two. It has `max_batch_size` rows at most, in prefill `prefill_batch` rows and `token_budget`
+    tokens. So their number is bounded and nothing compiles after a `Warmup`.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Executor:
         decode_block: int,
         max_batch_size: int,
         token_budget: int,
+        prefill_batch: int,
         implementation: str | None,
         prefix_cache: bool,
     ):
@@ -127,7 +128,7 @@ class Executor:
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
-        self.max_batch_size, self.token_budget = max_batch_size, token_budget
+        self.max_batch_size, self.token_budget, self.prefill_batch = max_batch_size, token_budget, prefill_batch
         self.prefix_cache = prefix_cache
         self.forget_slots()
 

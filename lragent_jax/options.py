@@ -39,6 +39,8 @@ class EngineOptions:
       max_batch_size: requests that have pages at a time; more wait.
       prefill_tokens: tokens, padding included, that are prefilled between two looks; by default the largest bucket.
         What decodes meanwhile gets its tokens in between.
+      prefill_batch_size: requests whose chunks run in one program, as far as `prefill_tokens` lets them; by default
+        `max_batch_size`. A device that is busy with one chunk gains little by more, and has programs to compile.
       reserved_tokens: new tokens that a request gets pages for when it is admitted beside others, and whenever it needs
         more; if there are none then, the request that came last gives up its own and goes on later.
       implementation: of `lora_attention`; None takes the first that fits.
@@ -62,6 +64,7 @@ class EngineOptions:
     decode_block: int = 16
     max_batch_size: int = 64
     prefill_tokens: int = 0
+    prefill_batch_size: int | None = None
     reserved_tokens: int = 256
     implementation: str | None = None
     tensor_parallel: int = 1
@@ -87,12 +90,13 @@ class EngineOptions:
             # Small chunks cost a CPU their FLOP and an accelerator a whole read of the weights.
             "prefill_buckets": (16, 64, 256) if on == "cpu" else (16, 64, 256, 1024, 4096),
         }
-        for name, default in defaults.items():
+        for name, default in (defaults | {"prefill_batch_size": self.max_batch_size}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         least = {
             "num_pages": 1, "num_low_rank_pages": 1, "num_recomputed_pages": 1, "decode_block": 1, "max_adapters": 0,
-            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "reserved_tokens": 1, "tensor_parallel": 1,
+            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "prefill_batch_size": 1, "reserved_tokens": 1,
+            "tensor_parallel": 1,
         }  # fmt: skip
         for name in least:
             value = getattr(self, name)

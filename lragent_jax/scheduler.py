@@ -17,11 +17,13 @@ def batch_size(num_rows: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """`batch_size` requests have pages at a time, `token_budget` tokens (padding included) are prefilled in a step,
-    and a row decodes `decode_block` tokens in it, or `mixed_block` while others still have to be prefilled.
+    those of `prefill_batch` requests in one program, and a row decodes `decode_block` tokens in it, or `mixed_block`
+    while others still have to be prefilled.
     """
 
     batch_size: int
     token_budget: int
+    prefill_batch: int
     decode_block: int
     mixed_block: int
 
@@ -98,7 +100,7 @@ def plan_step(
         running = running[:-1]
     admitted = [] if preempted else _admitted(waiting, running, left, limits)
     chunks = {request.id: request.chunks for request in (*running, *admitted)}
-    prefill, num_run = _prefill(chunks, limits.token_budget)
+    prefill, num_run = _prefill(chunks, limits)
     unread = {id for id, sizes in chunks.items() if num_run.get(id, 0) < len(sizes)}
     grown.update(request.id for request in admitted)
     decoded = [r for r in (*running, *admitted) if r.id not in unread and r.id in grown and r.steps_left]
@@ -143,15 +145,17 @@ def _admitted(
     return admitted
 
 
-def _prefill(chunks: Mapping[int, tuple[int, ...]], budget: int) -> tuple[list[tuple[int, ...]], dict[int, int]]:
+def _prefill(chunks: Mapping[int, tuple[int, ...]], limits: Limits) -> tuple[list[tuple[int, ...]], dict[int, int]]:
     """The programs of one step, and how many chunks each request runs in them."""
+    budget = limits.token_budget
     programs: list[tuple[int, ...]] = []
     num_run: dict[int, int] = dict.fromkeys(sorted(chunks), 0)
     while ready := [(id, chunks[id][i]) for id, i in num_run.items() if i < len(chunks[id])]:
         size = ready[0][1]
         members: list[int] = []
         for id, length in ready:
-            if length == size and batch_size(len(members) + 1) * size <= budget:
+            fits = len(members) < limits.prefill_batch and batch_size(len(members) + 1) * size <= budget
+            if length == size and fits:
                 members.append(id)
         if not members:
             break

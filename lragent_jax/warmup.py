@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,17 +72,22 @@ class Warmup:
         self, executor: "Executor", batch_sizes: Sequence[int], max_tokens: int | None = None, scoring: bool = True
     ):
         self._executor, self._scoring = executor, scoring
-        batches = sorted({batch_size(min(size, executor.max_batch_size)) for size in batch_sizes})
-        self.decodes = [
-            Shape(batch, width, num_tables)
-            for batch in batches
-            for width in _widths(executor.widths(batch), max_tokens, executor.cache.page_size)
-            for num_tables in executor.low_rank_table_counts()
-        ]
+        batches = {batch_size(min(size, executor.max_batch_size)) for size in batch_sizes}
+
+        def shapes(batches: Iterable[int]) -> list[Shape]:
+            return [
+                Shape(batch, width, num_tables)
+                for batch in sorted(set(batches))
+                for width in _widths(executor.widths(batch), max_tokens, executor.cache.page_size)
+                for num_tables in executor.low_rank_table_counts()
+            ]
+
+        self.decodes = shapes(batches)
+        prefills = shapes(min(batch, batch_size(executor.prefill_batch)) for batch in batches)
         write_base = (True, False) if executor.skips_base else (True,)
         self.prefills = [
             Prefill(shape, num_tokens, writes)
-            for shape, num_tokens, writes in itertools.product(self.decodes, executor.prefill_buckets, write_base)
+            for shape, num_tokens, writes in itertools.product(prefills, executor.prefill_buckets, write_base)
             if shape.batch == 1 or shape.batch * num_tokens <= executor.token_budget
         ]
 

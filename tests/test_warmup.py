@@ -66,6 +66,8 @@ def test_what_a_warm_up_leaves_out():
     of_three = [(4, 8, True), (4, 8, False)]  # 4 x 32 are more than the budget
     assert prefills(warmup(engine, (1, 3))) == both + of_three
     assert [shape.batch for shape in warmup(engine, (1, 2, 64, 1000)).decodes] == [1, 2, 64]
+    alone = warmup(tiny_engine("base", prefill_tokens=64, prefill_batch_size=1), (4,))
+    assert (prefills(alone), [shape.batch for shape in alone.decodes]) == (both, [4])
     assert sum(what.startswith("scores") for what, _ in warmup(engine).programs()) == 2
     assert not any(what.startswith("scores") for what, _ in warmup(engine, scoring=False).programs())
     one_group = {name: agents()[name] for name in ("plan", "action")}

@@ -124,7 +124,7 @@ class Executor:
         prefix_cache: bool,
     ):
         self.graphdef, self.params = graphdef, params
-        self._flat_params, self._flat_bank, self._flattened_bank = FlatTree(params), FlatTree(None), None
+        self._flat_params, self._flat_bank = FlatTree(params), (registry.bank, FlatTree(registry.bank))
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
@@ -418,10 +418,12 @@ class Executor:
 
     def _bank(self) -> FlatTree:
         """The registry's, which is another one whenever an adapter comes or goes."""
-        if self._flattened_bank is not self.registry.bank:
-            self._flattened_bank = self.registry.bank
-            self._flat_bank = FlatTree(self._flattened_bank)
-        return self._flat_bank
+        bank, flat = self._flat_bank
+        if bank is not self.registry.bank:
+            bank = self.registry.bank
+            flat = FlatTree(bank)
+            self._flat_bank = bank, flat
+        return flat
 
 
 def _padded(values: Sequence[int], batch: int) -> np.ndarray:

@@ -90,7 +90,7 @@ class EngineOptions:
             # Small chunks cost a CPU their FLOP and an accelerator a whole read of the weights.
             "prefill_buckets": (16, 64, 256) if on == "cpu" else (16, 64, 256, 1024, 4096),
         }
-        for name, default in (defaults | {"prefill_batch_size": self.max_batch_size}).items():
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         least = {
@@ -100,7 +100,7 @@ class EngineOptions:
         }  # fmt: skip
         for name in least:
             value = getattr(self, name)
-            if value is None and name in ("num_low_rank_pages", "num_recomputed_pages"):
+            if value is None and name in ("num_low_rank_pages", "num_recomputed_pages", "prefill_batch_size"):
                 continue
             if not isinstance(value, int) or value < least[name]:
                 raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")

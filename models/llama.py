@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.kernels import page_write
+from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.rotary import rotate
 from lragent_jax.models import cache_view
 from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink
@@ -132,9 +133,7 @@ class RMSNorm(nnx.Module):
         return self.scale[...], self.eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * wide.astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Attention(nnx.Module):

@@ -24,7 +24,6 @@ line of JSON.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -38,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import compilation_cache
+from lragent_jax.figures import can_plot
 from lragent_jax.measure import bench_plots, bench_results
 from lragent_jax.measure.batch_bench import measure_batch
 from lragent_jax.measure.bench_model import BenchModel
@@ -248,7 +248,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.plot and not arguments.out:
         parser.error("--plot draws what --out holds: name the file")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+    if arguments.plot and not can_plot():
         parser.error("--plot needs matplotlib, which is not installed")
     return arguments
 

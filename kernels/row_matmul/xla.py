@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.row_matmul.arguments import Norm
 
 
@@ -24,9 +25,7 @@ def row_matmul(
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`; `weights_at_rest` changes nothing here."""
     if norm is not None:
-        wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
-        x = norm.scale * wide.astype(x.dtype)
+        x = rms_norm(x, norm.scale, norm.eps)
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT  # no TF32 for f32
     results = tuple(
         jnp.dot(x, weight, precision=exact, preferred_element_type=jnp.float32).astype(x.dtype) for weight in weights

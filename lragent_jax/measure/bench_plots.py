@@ -1,38 +1,19 @@
 """Figures from the file of results alone."""
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from lragent_jax.figures import MODE_COLOURS, Plot, write_figures
 from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.targets import MAX, targets
-
-_COLOURS = {
-    "none": "#222222", "full": "#c1272d", "base": "#0571b0", "base_lr": "#1b9e77", "pre_lr": "#7570b3",
-    "rebase": "#e6a100", "droidspeak": "#8c564b",
-}  # fmt: skip
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
     """Writes those plots that there are results for, agents-*.png. Needs matplotlib."""
-    importlib.import_module("matplotlib").use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, size, draw in _plots(results):
-        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        path = folder / f"agents-{name}.png"
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-        pyplot.close(figure)
-        written.append(path)
-    return written
+    return write_figures(folder, ((f"agents-{name}", size, draw) for name, size, draw in _plots(results)))
 
 
-def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callable[[Any], None]]]:
-    """Name, size in inches, and what draws it."""
+def _plots(results: Results) -> Iterator[Plot]:
     traces = list(results.get("trace", {}).values())
     figures = (
         ("ttft", "ttft_s", "ttft_floor_s", "time to first tokens, s"),
@@ -52,7 +33,7 @@ def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callabl
 
 def _by_length(axes, traces: list[Results], figure: str, floor: str, label: str) -> None:
     lengths = sorted({trace["total_tokens"] for trace in traces})
-    for mode, colour in _COLOURS.items():
+    for mode, colour in MODE_COLOURS.items():
         found = [
             (trace["total_tokens"], trace["modes"][mode])
             for trace in sorted(traces, key=lambda trace: trace["total_tokens"])
@@ -75,8 +56,8 @@ def _by_agents(axes, bytes_by_mode: Results) -> None:
     for mode, by_agents in bytes_by_mode.items():
         counts = sorted(map(int, by_agents))
         one = by_agents[str(counts[0])]
-        axes.plot(counts, [by_agents[str(count)] / one for count in counts], "o-", color=_COLOURS[mode], markersize=4,
-                  linewidth=1.2, label=mode)  # fmt: skip
+        ratios = [by_agents[str(count)] / one for count in counts]
+        axes.plot(counts, ratios, "o-", color=MODE_COLOURS[mode], markersize=4, linewidth=1.2, label=mode)
     axes.set(xlabel="agents", ylabel="cache bytes, over those of one agent", yscale="log")
     axes.legend(frameon=False, fontsize=8)
 
@@ -84,7 +65,7 @@ def _by_agents(axes, bytes_by_mode: Results) -> None:
 def _timeline(axes, profile: Results) -> None:
     """The kernels around the longest gap between two of them."""
     bars = [(start, duration) for start, duration, _ in profile["kernels"]]
-    axes.broken_barh(bars, (0, 1), facecolors=_COLOURS["base_lr"], edgecolors="white", linewidth=0.3)
+    axes.broken_barh(bars, (0, 1), facecolors=MODE_COLOURS["base_lr"], edgecolors="white", linewidth=0.3)
     title = f"idle: {profile['idle']:.1%} of the time while traced, {profile['idle_untraced']:.1%} otherwise"
     axes.set(xlabel="µs from the longest gap of the block", yticks=[], title=title)
 
@@ -95,7 +76,7 @@ def _targets(axes, rows: list) -> None:
         (row.asked / row.reached if row.reached else 1.0) if row.bound == MAX else row.reached / row.asked
         for row in rows
     ]
-    colours = [_COLOURS["base_lr" if row.met else "full"] for row in rows]
+    colours = [MODE_COLOURS["base_lr" if row.met else "full"] for row in rows]
     axes.barh(range(len(rows)), margins, color=colours, height=0.7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=7)

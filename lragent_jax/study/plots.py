@@ -1,42 +1,32 @@
 """The plots of a study."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.figures import MODE_COLOURS, Plot, can_plot, write_figures
 from lragent_jax.study.grid import Grid
 from lragent_jax.study.results import Results
 
-_COLOURS: dict[str, str] = dict(
-    zip(SHARING_MODES, ("#222222", "#c1272d", "#0571b0", "#1b9e77", "#7570b3", "#e6a100", "#8c564b"), strict=True)
-)
 _MAIN_LENGTH = 1000
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
     """Writes those plots that there are results for, accuracy-*.png; none where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_plot():
         return []
-    importlib.import_module("matplotlib").use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    written = []
-    for name, size, draw in _plots(results):
-        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    return write_figures(folder, ((f"accuracy-{name}", size, _explained(draw)) for name, size, draw in _plots(results)))
+
+
+def _explained(draw: Callable[[Any], None]) -> Callable[[Any], None]:
+    def draw_and_explain(axes) -> None:
         draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        path = folder / f"accuracy-{name}.png"
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-        pyplot.close(figure)
-        written.append(path)
-    return written
+
+    return draw_and_explain
 
 
-def _plots(results: Results) -> Iterator[tuple[str, tuple[float, float], Callable[[Any], None]]]:
-    """Name, size in inches, and what draws it."""
+def _plots(results: Results) -> Iterator[Plot]:
     grid = Grid(results)
     for kind in grid.kinds:
         if len(grid.complete_lengths(kind)) > 1:
@@ -61,7 +51,7 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
         xs, estimates = [tokens * shift for tokens, _ in found], [estimate for _, estimate in found]
         axes.errorbar(
             xs, [100 * e.value for e in estimates], yerr=_bars(estimates),
-            label=mode, color=_COLOURS[mode], marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, capsize=2,
+            label=mode, color=MODE_COLOURS[mode], marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, capsize=2,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="tokens of a right episode", ylabel="questions right (%)", title=kind)
     lengths = grid.complete_lengths(kind)
@@ -79,7 +69,7 @@ def _by_hops(axes, grid: Grid, kind: str) -> None:
         axes.bar(
             [hops + (i - (len(modes) - 1) / 2) * 0.8 / len(modes) for hops, _ in found],
             [100 * e.value for e in estimates],
-            width=0.75 / len(modes), yerr=_bars(estimates), label=mode, color=_COLOURS[mode],
+            width=0.75 / len(modes), yerr=_bars(estimates), label=mode, color=MODE_COLOURS[mode],
             error_kw={"elinewidth": 0.8, "capsize": 2},
         )  # fmt: skip
     axes.set(xlabel="hops", ylabel="questions right (%)", title=f"{kind}, {tokens:,} tokens", ylim=(0, 100))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from lragent_jax.flat_tree import FlatTree
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, AdapterBank
 from lragent_jax.models.bank_builder import assign_groups, bank_ranks, build_bank
@@ -48,6 +49,7 @@ class AdapterRegistry:
         self._adapters: dict[str, Adapter] = {}
         self._loaded: dict[str, LoadedAdapter] = {}
         self.bank = AdapterBank.empty(config.num_layers)
+        self.flat_bank = FlatTree(self.bank)  # for calls of programs
         for name, adapter in adapters.items():
             adapter.check_fits(config)
             _check_name(name)
@@ -132,7 +134,8 @@ class AdapterRegistry:
             )
             for row, (name, adapter) in enumerate(adapters.items())
         }
-        self.bank, self._adapters, self._ranks, self._max_adapters = bank, adapters, ranks, capacity
+        self.bank, self.flat_bank = bank, FlatTree(bank)
+        self._adapters, self._ranks, self._max_adapters = adapters, ranks, capacity
 
 
 def _check_name(name: str) -> None:

@@ -20,7 +20,7 @@ from lragent_jax.executor import Executor, Row
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.held_pages import add_pages, held_pages
 from lragent_jax.metrics import EngineMetrics, Metrics
-from lragent_jax.models.errors import AdapterError, OutOfPagesError, TrajectoryBusyError
+from lragent_jax.models.errors import AdapterError, EngineBusyError, OutOfPagesError, TrajectoryBusyError
 from lragent_jax.paged_cache import Claim
 from lragent_jax.request import Request
 from lragent_jax.scheduler import Limits, Pages, RunningRequest, WaitingRequest, plan_step
@@ -87,6 +87,14 @@ class Batcher:
         """From now on the requests take part; somebody has to drive until they are done."""
         self._arrivals.extend(requests)
         self.wake()
+
+    def refuse_inside(self) -> None:
+        """Raises `EngineBusyError` inside `exclusive`: a caller that has the engine would wait for itself."""
+        if self._is_inside:
+            raise EngineBusyError(
+                "this thread is inside another call of the engine (a progress callback of warmup, or a finalizer): "
+                "generate when that call is over"
+            )
 
     @property
     def has_work(self) -> bool:

@@ -93,6 +93,7 @@ class Caller:
 
         `streams`: whether somebody reads the tokens as they come. `listener`: see `Request`.
         """
+        self._batcher.refuse_inside()
         adapters = [self._registry.find(agent) for agent in agents]
         with contextlib.ExitStack() as held:
             requests = []

@@ -43,9 +43,12 @@ class DeviceJit:
 
     @contextlib.contextmanager
     def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
-        """Meanwhile, calls in all threads run a program compiled with these options in the place of the device's."""
-        before, other = self._by_kind, self._with_options(options)
-        self._by_kind = dict.fromkeys(before, other)
+        """Meanwhile, calls in all threads run a program compiled with these options, too.
+
+        They go before those of the device. A call raises `jax.errors.JaxRuntimeError` if its compiler refuses one.
+        """
+        before = self._by_kind
+        self._by_kind = {kind: self._with_options(COMPILER_OPTIONS.get(kind, {}) | dict(options)) for kind in before}
         try:
             yield
         finally:

@@ -22,10 +22,11 @@ BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = Path(__file__).parent / "data"
 ADAPTERS = DATA / "adapters"
 
-# One bucket, and a look at every token: on two cores a program of thirty layers takes longer to compile than most calls
-# run, what only fills a chunk up costs as much as what is asked for, and so does a token behind a stop string. A step of
-# decoding costs as much as a chunk and serves everybody who is ready: so a batch is read before anybody decodes.
-_CPU_OPTIONS = {"prefill_buckets": (32,), "decode_block": 1, "prefill_tokens": 256, "prefill_batch_size": 1}
+# One bucket, a row per program, and a look at every token: on two cores a program of thirty layers takes longer to
+# compile than most calls run, what only fills a chunk up costs as much as what is asked for, and so does a token behind
+# a stop string. A step of decoding takes as long as a chunk and serves everybody who is ready, so a few contexts are
+# read before it: who streams beside somebody with a long prompt waits for four chunks between two tokens, not for one.
+_CPU_OPTIONS = {"prefill_buckets": (32,), "prefill_tokens": 128, "prefill_batch_size": 1, "decode_block": 1}
 
 
 def find_model() -> Path:

@@ -79,7 +79,7 @@ class Engine:
             num_recomputed_pages=self._num_recomputed_pages(),
             mesh=self._devices.mesh,
         )
-        prefill_batch = self.options.prefill_batch_size or self.options.max_batch_size
+        prefill_batch_size = self.options.prefill_batch_size or batch_size(self.options.max_batch_size)
         self._executor = Executor(
             graphdef,
             self._devices.place(config, params),
@@ -91,7 +91,7 @@ class Engine:
             decode_block=self.options.decode_block,
             max_batch_size=self.options.max_batch_size,
             token_budget=self.options.prefill_tokens,
-            prefill_batch=prefill_batch,
+            prefill_batch_size=prefill_batch_size,
             implementation=self.options.implementation,
             prefix_cache=self.options.prefix_cache,
         )
@@ -100,7 +100,7 @@ class Engine:
         limits = Limits(
             batch_size=self.options.max_batch_size,
             token_budget=self.options.prefill_tokens,
-            prefill_batch=prefill_batch,
+            prefill_batch_size=prefill_batch_size,
             decode_block=self.options.decode_block,
             mixed_block=min(LOOK_STEPS, self.options.decode_block),
         )

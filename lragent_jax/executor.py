@@ -102,8 +102,8 @@ class Executor:
     """The compiled programs of one engine over its weights, adapters and caches.
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
-    them and to a power of two. It has `max_batch_size` rows at most, in prefill `prefill_batch` rows and `token_budget`
-    tokens. So their number is bounded and nothing compiles after a `Warmup`.
+    them and to a power of two. It has `max_batch_size` rows at most, in prefill `prefill_batch_size` rows and
+    `token_budget` tokens. So their number is bounded and nothing compiles after a `Warmup`.
     """
 
     def __init__(
@@ -119,16 +119,20 @@ class Executor:
         decode_block: int,
         max_batch_size: int,
         token_budget: int,
-        prefill_batch: int,
+        prefill_batch_size: int,
         implementation: str | None,
         prefix_cache: bool,
     ):
         self.graphdef, self.params = graphdef, params
-        self._flat_params, self._flat_bank = FlatTree(params), (registry.bank, FlatTree(registry.bank))
+        self._flat_params = FlatTree(params)
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
-        self.max_batch_size, self.token_budget, self.prefill_batch = max_batch_size, token_budget, prefill_batch
+        self.max_batch_size, self.token_budget, self.prefill_batch_size = (
+            max_batch_size,
+            token_budget,
+            prefill_batch_size,
+        )
         self.prefix_cache = prefix_cache
         self.forget_slots()
 
@@ -320,7 +324,7 @@ class Executor:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.decode`, for rows that stand so in their slots."""
         args = (
-            self.graphdef, self._flat_params, self._bank(), self.cache.arrays, state, batch.sampling,
+            self.graphdef, self._flat_params, self.registry.flat_bank, self.cache.arrays, state, batch.sampling,
             batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
             np.int32(num_steps),
         )  # fmt: skip
@@ -405,7 +409,15 @@ class Executor:
         self, tokens, adapter_ids, table: PageTable, write_base: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.prefill`."""
-        args = (self.graphdef, self._flat_params, self._bank(), self.cache.arrays, tokens, adapter_ids, table)
+        args = (
+            self.graphdef,
+            self._flat_params,
+            self.registry.flat_bank,
+            self.cache.arrays,
+            tokens,
+            adapter_ids,
+            table,
+        )
         return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -415,15 +427,6 @@ class Executor:
     def unembed_arguments(self, hidden: jax.Array | jax.ShapeDtypeStruct) -> tuple[Any, ...]:
         """Those of `generation.unembed`."""
         return self.graphdef, self._flat_params, hidden
-
-    def _bank(self) -> FlatTree:
-        """The registry's, which is another one whenever an adapter comes or goes."""
-        bank, flat = self._flat_bank
-        if bank is not self.registry.bank:
-            bank = self.registry.bank
-            flat = FlatTree(bank)
-            self._flat_bank = bank, flat
-        return flat
 
 
 def _padded(values: Sequence[int], batch: int) -> np.ndarray:

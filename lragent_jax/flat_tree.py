@@ -35,6 +35,7 @@ class FlatTree:
 
     @property
     def tree(self) -> Any:
+        """The tree that was flattened, built anew around the same leaves."""
         return self._structure.treedef.unflatten(self._leaves)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _Structure]:

@@ -39,8 +39,9 @@ class EngineOptions:
       max_batch_size: requests that have pages at a time; more wait.
       prefill_tokens: tokens, padding included, that are prefilled between two looks; by default the largest bucket.
         What decodes meanwhile gets its tokens in between.
-      prefill_batch_size: requests whose chunks run in one program, as far as `prefill_tokens` lets them; by default
-        `max_batch_size`. A device that is busy with one chunk gains little by more, and has programs to compile.
+      prefill_batch_size: rows of a prefill program, padding to a power of two included; by default as many as
+        `prefill_tokens` and `max_batch_size` let there be. A device that is busy with one chunk gains little by more
+        of them at a time, and every size is a program to compile.
       reserved_tokens: new tokens that a request gets pages for when it is admitted beside others, and whenever it needs
         more; if there are none then, the request that came last gives up its own and goes on later.
       implementation: of `lora_attention`; None takes the first that fits.

@@ -16,14 +16,14 @@ def batch_size(num_rows: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """`batch_size` requests have pages at a time, `token_budget` tokens (padding included) are prefilled in a step,
-    those of `prefill_batch` requests in one program, and a row decodes `decode_block` tokens in it, or `mixed_block`
-    while others still have to be prefilled.
+    """`batch_size` requests have pages at a time. `token_budget` tokens are prefilled in a step, in programs of
+    `prefill_batch_size` rows at most, padding included in both; and a row decodes `decode_block` tokens in it, or
+    `mixed_block` while others still have to be prefilled.
     """
 
     batch_size: int
     token_budget: int
-    prefill_batch: int
+    prefill_batch_size: int
     decode_block: int
     mixed_block: int
 
@@ -154,8 +154,8 @@ def _prefill(chunks: Mapping[int, tuple[int, ...]], limits: Limits) -> tuple[lis
         size = ready[0][1]
         members: list[int] = []
         for id, length in ready:
-            fits = len(members) < limits.prefill_batch and batch_size(len(members) + 1) * size <= budget
-            if length == size and fits:
+            rows = batch_size(len(members) + 1)
+            if length == size and rows <= limits.prefill_batch_size and rows * size <= budget:
                 members.append(id)
         if not members:
             break

@@ -83,7 +83,8 @@ class Warmup:
             ]
 
         self.decodes = shapes(batches)
-        prefills = shapes(min(batch, batch_size(executor.prefill_batch)) for batch in batches)
+        most = 1 << executor.prefill_batch_size.bit_length() - 1
+        prefills = shapes(min(batch, most) for batch in batches)
         write_base = (True, False) if executor.skips_base else (True,)
         self.prefills = [
             Prefill(shape, num_tokens, writes)
@@ -117,7 +118,7 @@ class Warmup:
         """All but the few that compile in next to no time, by what they do; the longest to compile come first."""
         for shape in self.decodes:
             yield f"decode of {shape.batch} rows", lambda shape=shape: self._lower_decode(shape)
-        for batch in sorted({shape.batch for shape in self.decodes}):
+        for batch in sorted({prefill.shape.batch for prefill in self.prefills}):
             yield f"sampling of {batch} rows", lambda batch=batch: self._lower_begin(batch)
         for prefill in self.prefills:
             yield str(prefill), lambda prefill=prefill: self._lower_prefill(prefill)

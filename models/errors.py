@@ -29,5 +29,9 @@ class TrajectoryBusyError(LRAgentError, RuntimeError):
     """Two calls want to extend one trajectory at once; give the second one a fork."""
 
 
+class EngineBusyError(LRAgentError, RuntimeError):
+    """A call from inside another call of the same engine, for whose end it would have to wait."""
+
+
 class TrajectoryClosedError(LRAgentError, RuntimeError):
     """The trajectory was closed and its pages returned."""

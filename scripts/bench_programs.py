@@ -4,7 +4,7 @@ Regime: random weights with the shapes of Llama-3.1-8B, bfloat16, adapters of ra
 trajectory, greedy decoding, the host included, medians over `--repeats` calls. Three things that a call is made of:
 milliseconds per step of a decode block (`--steps` of them) on a short context; the time to the first token of a few
 tokens behind a context, which is small work in many kernels; and that of a whole chunk. Figures stand beside those of
-the first variant, which is how the engine comes. A variant that the compiler refuses says so.
+the first variant, which is how the engine comes. Each is compiled from nothing. One that the compiler refuses says so.
 
 Candidates (`--variant NAME` takes some of them):
 
@@ -32,7 +32,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from lragent_jax import compilation_cache, generation
+from lragent_jax import generation
 from lragent_jax.engine import Engine
 from lragent_jax.kernels.row_matmul import dispatch as row_matmul
 from lragent_jax.measure.bench_model import BenchModel
@@ -81,21 +81,22 @@ class Sizes(NamedTuple):
 
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
-    """What is compiled meanwhile is compiled so."""
+    """What is compiled meanwhile is compiled so, and nothing is taken over from before: neither programs nor traces."""
     default = row_matmul.ENABLED_BY_DEFAULT
     with contextlib.ExitStack() as stack:
+        jax.clear_caches()
+        stack.callback(jax.clear_caches)
         for program, options in ((generation.prefill, variant.prefill), (generation.decode, variant.decode)):
             if options:
                 stack.enter_context(program.compiled_with(options))
         if variant.row_matmul:
-            jax.clear_caches()  # the switch is no argument of what was traced
-            stack.callback(jax.clear_caches)
             stack.callback(setattr, row_matmul, "ENABLED_BY_DEFAULT", default)
             row_matmul.ENABLED_BY_DEFAULT = True
         yield
 
 
 def measure(model: BenchModel, sizes: Sizes) -> Figures:
+    """Milliseconds of a decode step, of few tokens and of a chunk, and seconds that compiling took, of a new engine."""
     pages = -(-sizes.longest // sizes.page_size) + 2
     engine = model.engine(
         "base_lr", sizes.longest, num_pages=pages, num_low_rank_pages=pages, page_size=sizes.page_size,
@@ -146,8 +147,9 @@ def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
+    """A table: figures, and how many times those of the first variant that has some."""
     columns = {"step_ms": "decode step", "few_ms": "a few tokens", "chunk_ms": "a chunk", "compile_s": "compiling, s"}
-    table = Table("variant", *columns.values(), title="milliseconds, and times the first line's")
+    table = Table("variant", *columns.values(), title="milliseconds, and times those of the first that ran")
     first = next((figures for figures in results.values() if "step_ms" in figures), None)
     for name, figures in results.items():
         if "refused" in figures or first is None:
@@ -175,7 +177,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    compilation_cache.enable()
     config = LlamaConfig.preset(arguments.preset)
     if arguments.layers is not None:
         config = dataclasses.replace(config, num_layers=arguments.layers)

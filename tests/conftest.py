@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def keep_no_program_of_an_absent_device(request):
     """A program compiled for a device that is not there cannot be read back: nothing is written in the first place."""
-    if "aot" not in request.keywords:
+    if request.node.get_closest_marker("aot") is None:
         yield
         return
     import jax  # not before the variables above are set

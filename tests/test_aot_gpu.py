@@ -83,11 +83,11 @@ def test_compiles_at_the_shapes_of_llama(implementation, path, ranks, p, H):
     check(compile_attention(implementation, shapes), shapes, implementation)
 
 
-@pytest.mark.parametrize(("r_v", "G"), [(8, 1), (24, 3), (32, 7), (64, 16)])
+@pytest.mark.parametrize(("r_v", "G", "K"), [(8, 1, 2), (24, 3, 2), (32, 7, 2), (8, 16, 2), (64, 4, 8)])
 @pytest.mark.parametrize("path", ["prefill", "decode, agents"])
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_compiles_at_other_ranks_and_group_sizes(implementation, path, r_v, G):
-    shapes = attention_shapes(*PATHS[path], r_v, 0, 64, 128, G=G, K=2)
+def test_compiles_at_other_ranks_and_group_sizes(implementation, path, r_v, G, K):
+    shapes = attention_shapes(*PATHS[path], r_v, 0, 64, 128, G=G, K=K)
     check(compile_attention(implementation, shapes), shapes, implementation)
 
 
@@ -175,14 +175,16 @@ def test_a_decode_step_takes_four_products_per_layer_where_they_are_switched_on(
     """That it takes none where they are not is seen in `test_page_write`, where the same step is compiled."""
     monkeypatch.setattr(row_matmul_dispatch, "ENABLED_BY_DEFAULT", True)
     jax.clear_caches()  # the switch is no argument of what is traced
-    compiled, _ = aot.engine_program.__wrapped__("decode", 8, 1)
+    try:
+        compiled, _ = aot.engine_program.__wrapped__("decode", 1, 1)
+    finally:
+        jax.clear_caches()
     kernels = re.findall(r"custom-call\(.*row_matmul_pallas_mosaic_gpu", aot.text_of(compiled))
     assert len(kernels) == 2 * 4
-    jax.clear_caches()
 
 
-def test_a_program_compiled_twice_is_not_looked_for_where_no_device_can_read_it():
-    """JAX's cache of compiled programs, which the tests switch on, holds nothing for a device that is not there."""
+def test_nothing_is_kept_on_disk_for_a_device_that_cannot_read_it():
+    """JAX would fail at the second compilation if the cache that the tests switch on held the first."""
 
     def double(x):
         return 2 * x

@@ -29,7 +29,7 @@ SHAPES = {
 }
 
 
-# The oldest and the newest with all shapes; what lies between compiles as they do, or as `scripts/compile_tpu.py` says.
+# The oldest and the newest with all shapes, what lies between with two each; `scripts/compile_tpu.py` has them all.
 ON_CHIPS = [(chip, shape) for chip in ("v5e", "tpu7x") for shape in SHAPES] + [
     ("v5p", "decode, one head of 64, low-rank keys"), ("v5p", "prefill, heads of 64"),
     ("v6e", "decode"), ("v6e", "prefill, low-rank keys"),

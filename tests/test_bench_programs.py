@@ -6,7 +6,7 @@ import sys
 import pytest
 from script_modules import load_script
 
-from lragent_jax import compilation_cache, generation
+from lragent_jax import generation
 from lragent_jax.kernels.row_matmul import dispatch
 
 bench_programs = load_script("bench_programs")
@@ -24,7 +24,6 @@ def test_variants_stand_side_by_side(monkeypatch, capsys):
         "row_matmul": bench_programs.Variant(row_matmul=True),
     }
     monkeypatch.setattr(bench_programs, "VARIANTS", variants)
-    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
     monkeypatch.setattr(sys, "argv", ["bench_programs.py", *ARGUMENTS.split()])
     bench_programs.main()
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["variants"]

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import agents, ascii_tokenizer, tiny_engine
@@ -48,17 +47,16 @@ def test_nothing_compiles_after_warmup(mode):
 def test_no_program_copies_a_page_pool(mode):
     engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667, num_recomputed_pages=641)
     executor, cache = engine._executor, engine._cache.arrays
-    common = (executor.graphdef, executor.params, executor.registry.bank, cache)
     table = executor.blank_table(1, executor.widths(1)[0], executor.low_rank_table_counts()[0])
-    ids = np.zeros(1, np.int32)
-    sampling = sampling_arrays([], [], (), 1)
-    state = generation.first_token(jnp.zeros((1, engine.config.vocab_size)), sampling)
+    prefill, of_prefill = executor.prefill_arguments(np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True)
+    batch = executor.decode_batch([], [], sampling_arrays([], [], (), 1), 1)
+    state, kv_lens = generation.take(executor.slots, batch.slot_ids)
+    decode, of_decode = executor.decode_arguments(batch, state, kv_lens, 4)
     pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}
     programs = {
-        "prefill": generation.prefill.lower(*common, np.zeros((1, 8), np.int32), ids, table),
-        "decode": generation.decode.lower(*common, state, sampling, ids, table, np.int32(4), block=4,
-                                           write_without_adapter=mode == "rebase"),
-    }  # fmt: skip
+        "prefill": generation.prefill.lower(*prefill, **of_prefill),
+        "decode": generation.decode.lower(*decode, **of_decode),
+    }
     for name, lowered in programs.items():
         compiled = lowered.compile()
         text = compiled.as_text()

@@ -14,6 +14,7 @@ from engines import tiny_engine
 from lragent_jax.async_engine import AsyncEngine
 from lragent_jax.dispatcher import Dispatcher, may_wait
 from lragent_jax.engine import Engine
+from lragent_jax.models.errors import EngineBusyError
 from lragent_jax.sampling_params import SamplingParams
 
 QUESTION = [(7 * i + 3) % 128 for i in range(21)]
@@ -311,6 +312,21 @@ def test_a_second_interrupt_while_everybody_is_taken_out(engine, want, monkeypat
         with pytest.raises(KeyboardInterrupt, match="the second"):
             engine.generate(QUESTION[::-1], "action", max_new_tokens=20)
     assert got + [token for piece in pieces for token in piece.token_ids] == want
+
+
+def test_a_callback_of_the_warm_up_that_generates_is_refused_and_leaves_nothing(engine, want):
+    refused = []
+
+    def generate(done, total, what):
+        with engine.trajectory().append(QUESTION) as trajectory:
+            with pytest.raises(EngineBusyError, match="inside another call of the engine"):
+                engine.generate(trajectory, "plan", max_new_tokens=2)
+            refused.append(what)
+            trajectory.append([1])  # nobody has it
+
+    engine.warmup(max_tokens=8, scoring=False, progress=generate)
+    assert refused
+    assert engine.generate(QUESTION, "plan", max_new_tokens=13, ignore_eos=True).token_ids == want
 
 
 def test_a_stream_that_the_collector_ends_in_a_thread_of_the_warm_up(engine, monkeypatch):

@@ -57,7 +57,7 @@ def run(case: Case, **keywords):
 
 # A page per block and two, on either path.
 @pytest.mark.parametrize(
-    ("case", "block_kv"), [*zip(ON_TPU, (128, 256, 256, 128), strict=True)], ids=lambda it: getattr(it, "name", it)
+    ("case", "block_kv"), [*zip(ON_TPU, (256, 128, 256, 128), strict=True)], ids=lambda it: getattr(it, "name", it)
 )
 def test_shapes_of_a_tpu(case, block_kv, monkeypatch):
     monkeypatch.setattr(pallas_mosaic_tpu, "heuristic", lambda *_: dataclasses.replace(SMALL, block_kv=block_kv))

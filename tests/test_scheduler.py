@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lragent_jax.scheduler import Limits, RunningRequest, StepPlan, WaitingRequest, batch_size, plan_step
 
-LIMITS = Limits(batch_size=4, token_budget=32, prefill_batch=4, decode_block=16, mixed_block=4)
+LIMITS = Limits(batch_size=4, token_budget=32, prefill_batch_size=4, decode_block=16, mixed_block=4)
 
 
 def waiting(id: int, pages: int = 1, chunks=(8,), needs=(), writes=()) -> WaitingRequest:
@@ -32,7 +32,7 @@ def test_chunks_of_one_length_share_a_program_and_the_budget_counts_padding():
     assert plan(rows).prefill == ((0, 1, 2, 3),)
     three = dataclasses.replace(LIMITS, token_budget=31)
     assert plan(rows, limits=three).prefill == ((0, 1), (2,)), "a third row would be padded to four"
-    alone = dataclasses.replace(LIMITS, prefill_batch=1)
+    alone = dataclasses.replace(LIMITS, prefill_batch_size=1)
     assert plan(rows, limits=alone).prefill == ((0,), (1,), (2,), (3,))
     mixed = [waiting(0, chunks=(16,)), waiting(1, chunks=(8,)), waiting(2, chunks=(16,))]
     assert plan(mixed).prefill == ((0, 2),)
@@ -110,9 +110,11 @@ jobs = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(jobs, st.integers(1, 5), st.integers(8, 12), st.integers(1, 4))
-def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reserve, prefill_batch):
+def test_everybody_is_served_and_nothing_is_overcommitted(drawn, num_rows, reserve, prefill_batch_size):
     """The loop that calls the plan, in a few lines: pages are counted, chunks and tokens are ticked off."""
-    limits = Limits(batch_size=num_rows, token_budget=32, prefill_batch=prefill_batch, decode_block=8, mixed_block=3)
+    limits = Limits(
+        batch_size=num_rows, token_budget=32, prefill_batch_size=prefill_batch_size, decode_block=8, mixed_block=3
+    )
     ordered = sorted(drawn, key=lambda job: job[4])
     todo = [Job(i, context, tuple(chunks), output, prefix, at) for i, (context, chunks, output, prefix, at)
             in enumerate(ordered)]  # fmt: skip
@@ -190,7 +192,8 @@ def check(result: StepPlan, running: list[RunningRequest], queue: list[Job], loo
     for program in result.prefill:
         lengths = {chunks[id].pop(0) for id in program}
         assert len(lengths) == 1
-        assert len(set(program)) == len(program) <= limits.prefill_batch
+        assert len(set(program)) == len(program)
+        assert batch_size(len(program)) <= limits.prefill_batch_size
         used += batch_size(len(program)) * lengths.pop()
     assert used <= limits.token_budget
     if any(chunks.values()) or result.prefill:

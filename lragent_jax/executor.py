@@ -128,11 +128,8 @@ class Executor:
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
-        self.max_batch_size, self.token_budget, self.prefill_batch_size = (
-            max_batch_size,
-            token_budget,
-            prefill_batch_size,
-        )
+        self.max_batch_size = max_batch_size
+        self.token_budget, self.prefill_batch_size = token_budget, prefill_batch_size
         self.prefix_cache = prefix_cache
         self.forget_slots()
 
@@ -410,14 +407,8 @@ class Executor:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.prefill`."""
         args = (
-            self.graphdef,
-            self._flat_params,
-            self.registry.flat_bank,
-            self.cache.arrays,
-            tokens,
-            adapter_ids,
-            table,
-        )
+            self.graphdef, self._flat_params, self.registry.flat_bank, self.cache.arrays, tokens, adapter_ids, table,
+        )  # fmt: skip
         return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 from script_modules import load_script
 
@@ -16,18 +17,26 @@ ARGUMENTS = (
 )
 
 
-def test_variants_stand_side_by_side(monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def clearings(monkeypatch) -> list[None]:
+    """One entry for every time that JAX was told to forget what it has compiled, which other tests would miss."""
+    clearings: list[None] = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: clearings.append(None))
+    return clearings
+
+
+def test_variants_stand_side_by_side(monkeypatch, capsys, clearings):
     variants = {
         "as it comes": bench_programs.Variant(),
         "unoptimised": bench_programs.Variant(prefill={"xla_backend_optimization_level": "0"}),
         "refused": bench_programs.Variant(decode={"not_an_option": "1"}),
-        "row_matmul": bench_programs.Variant(row_matmul=True),
     }
     monkeypatch.setattr(bench_programs, "VARIANTS", variants)
     monkeypatch.setattr(sys, "argv", ["bench_programs.py", *ARGUMENTS.split()])
     bench_programs.main()
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["variants"]
     assert list(results) == list(variants)
+    assert len(clearings) == 2 * len(variants), "no variant finds what another one has compiled"
     assert "not_an_option" in results.pop("refused")["refused"]
     for figures in results.values():
         assert all(figures[name] > 0 for name in ("step_ms", "few_ms", "chunk_ms", "compile_s"))

@@ -34,12 +34,17 @@ class DeviceJit:
         functools.update_wrapper(self, function)
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._function, self._jit_options = _given_trees(function), jit_options
-        self._by_kind = {
-            kind: self._with_options(options) for kind, options in [(None, None), *COMPILER_OPTIONS.items()]
-        }
+        self._by_kind = self._compiled({})
 
-    def _with_options(self, options: Mapping[str, str] | None) -> Any:
-        return jax.jit(self._function, compiler_options=dict(options or {}) or None, **self._jit_options)
+    def _compiled(self, more: Mapping[str, str]) -> dict[str | None, Any]:
+        """By the kind of device, None for all that need no options; `more` go before a kind's own."""
+        return {
+            kind: jax.jit(
+                self._function, compiler_options={**COMPILER_OPTIONS.get(kind or "", {}), **more} or None,
+                **self._jit_options,
+            )
+            for kind in (None, *COMPILER_OPTIONS)
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
@@ -48,7 +53,7 @@ class DeviceJit:
         They go before those of the device. A call raises `jax.errors.JaxRuntimeError` if its compiler refuses one.
         """
         before = self._by_kind
-        self._by_kind = {kind: self._with_options(COMPILER_OPTIONS.get(kind, {}) | dict(options)) for kind in before}
+        self._by_kind = self._compiled(options)
         try:
             yield
         finally:

@@ -21,6 +21,11 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def legend_beside(axes: Any) -> None:
+    """Says to the right of the plot what is what."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def write_figures(folder: Path, plots: Iterable[Plot]) -> list[Path]:
     """Writes every plot as a PNG, the same bytes for the same numbers; makes the folder. Returns the files."""
     importlib.import_module("matplotlib").use("Agg")

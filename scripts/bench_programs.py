@@ -33,10 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import generation
-from lragent_jax.engine import Engine
 from lragent_jax.kernels.row_matmul import dispatch as row_matmul
 from lragent_jax.measure.bench_model import BenchModel
-from lragent_jax.measure.trace_run import Figures, clean_runs, exactly, random_ids
+from lragent_jax.measure.trace_run import Figures, clean_runs, decode_step, exactly, prefill_seconds, random_ids
 from lragent_jax.models.config import LlamaConfig
 
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
@@ -106,21 +105,9 @@ def measure(model: BenchModel, sizes: Sizes) -> Figures:
     found = {"compile_s": times.lower_s + times.compile_s}
     agent = model.agents[0]
 
-    def block() -> Figures:
-        with engine.trajectory() as trajectory:
-            trajectory.append(random_ids(engine, sizes.few))
-            out = engine.generate(trajectory, agent, exactly(1 + sizes.steps))
-            return {"step_ms": 1e3 * (out.latency_s - out.ttft_s) / sizes.steps}
-
-    def chunk() -> Figures:
-        return {"chunk_ms": first_token_ms(engine, sizes.chunk)}
-
-    def first_token_ms(engine: Engine, num_tokens: int) -> float:
-        with engine.trajectory() as trajectory:
-            trajectory.append(random_ids(engine, num_tokens))
-            return 1e3 * engine.generate(trajectory, agent, exactly(1)).ttft_s
-
-    found |= clean_runs(block, sizes.repeats).medians
+    with engine.trajectory() as trajectory:
+        trajectory.append(random_ids(engine, sizes.few))
+        found["step_ms"] = decode_step(engine, [trajectory], [agent], sizes.steps, sizes.repeats)["ms"]
     with engine.trajectory() as trajectory:
         trajectory.append(random_ids(engine, sizes.context))
         engine.generate(trajectory, agent, exactly(1))
@@ -130,7 +117,7 @@ def measure(model: BenchModel, sizes: Sizes) -> Figures:
             return {"few_ms": 1e3 * engine.generate(trajectory, agent, exactly(1)).ttft_s}
 
         found |= clean_runs(few, sizes.repeats).medians
-    return found | clean_runs(chunk, sizes.repeats).medians
+    return found | {"chunk_ms": 1e3 * prefill_seconds(engine, agent, sizes.chunk, sizes.repeats)}
 
 
 def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Co
 
 @functools.lru_cache(maxsize=1)
 def text_of(compiled: jax.stages.Compiled) -> str:
-    """The program as XLA writes it, kernels included, which takes it a second; its readers ask one after the other."""
+    """The program as XLA writes it, kernels included, which takes it long; its readers ask one after the other."""
     return compiled.as_text() or ""
 
 

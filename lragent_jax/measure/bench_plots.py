@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lragent_jax.figures import MODE_COLOURS, Plot, write_figures
+from lragent_jax.figures import MODE_COLOURS, Plot, legend_beside, write_figures
 from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.targets import MAX, targets
 
@@ -49,7 +49,7 @@ def _by_length(axes, traces: list[Results], figure: str, floor: str, label: str)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
 
 
 def _by_agents(axes, bytes_by_mode: Results) -> None:

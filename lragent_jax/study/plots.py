@@ -1,10 +1,9 @@
 """The plots of a study."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lragent_jax.figures import MODE_COLOURS, Plot, can_plot, write_figures
+from lragent_jax.figures import MODE_COLOURS, Plot, can_plot, legend_beside, write_figures
 from lragent_jax.study.grid import Grid
 from lragent_jax.study.results import Results
 
@@ -15,15 +14,7 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
     """Writes those plots that there are results for, accuracy-*.png; none where matplotlib is not installed."""
     if not can_plot():
         return []
-    return write_figures(folder, ((f"accuracy-{name}", size, _explained(draw)) for name, size, draw in _plots(results)))
-
-
-def _explained(draw: Callable[[Any], None]) -> Callable[[Any], None]:
-    def draw_and_explain(axes) -> None:
-        draw(axes)
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-    return draw_and_explain
+    return write_figures(folder, ((f"accuracy-{name}", size, draw) for name, size, draw in _plots(results)))
 
 
 def _plots(results: Results) -> Iterator[Plot]:
@@ -57,6 +48,7 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
     lengths = grid.complete_lengths(kind)
     axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
     axes.minorticks_off()
+    legend_beside(axes)
 
 
 def _by_hops(axes, grid: Grid, kind: str) -> None:
@@ -74,6 +66,7 @@ def _by_hops(axes, grid: Grid, kind: str) -> None:
         )  # fmt: skip
     axes.set(xlabel="hops", ylabel="questions right (%)", title=f"{kind}, {tokens:,} tokens", ylim=(0, 100))
     axes.set_xticks([1, 2, 3])
+    legend_beside(axes)
 
 
 def _similarity(axes, cells) -> None:
@@ -83,6 +76,7 @@ def _similarity(axes, cells) -> None:
             label = f"{cell['kind']}: {part.replace('_', ' ')}"
             axes.plot(cell[part], style, color=f"C{number}", label=label, linewidth=1.2)
     axes.set(xlabel="layer", ylabel="cosine similarity of V across agents")
+    legend_beside(axes)
 
 
 def _sensitivity(axes, cells) -> None:
@@ -91,6 +85,7 @@ def _sensitivity(axes, cells) -> None:
         axes.plot(drift, "-", color=f"C{number}", label=cell["kind"], linewidth=1.2)
         axes.plot(layers, [drift[layer] for layer in layers], "o", color=f"C{number}", markersize=4)
     axes.set(xlabel="layer (dots: recomputed)", ylabel="KL to none, shared alone (nats)", yscale="log")
+    legend_beside(axes)
 
 
 def _bars(estimates) -> list[list[float]]:

@@ -157,8 +157,11 @@ def rotate_and_write(
     implementations = page_write.ON_GPUS if platform == "gpu" else ("xla",)
     write = functools.partial(page_write.rotate_and_write, implementations=implementations)
     in_pools = page_write.Pools(POOL, WHOLE, WHOLE)
+    in_projections = page_write.Projections(HEADS, HEADS, HEADS, HEADS)
+    if isinstance(projections.q_delta, page_write.Expansion):
+        in_projections = in_projections._replace(q_delta=page_write.Expansion(WHOLE, HEADS, WHOLE))
     slots = token_slots(table, projections.q.shape[1], cache.kv.shape[2])
-    q, pools = per_shard(write, (HEADS, WHOLE, WHOLE, WHOLE, in_pools), (HEADS, in_pools))(
+    q, pools = per_shard(write, (in_projections, WHOLE, WHOLE, WHOLE, in_pools), (HEADS, in_pools))(
         projections, rotation, low_rank, slots, pools
     )
     return q, LayerCache(**pools._asdict())

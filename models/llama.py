@@ -6,6 +6,7 @@ shardings and checkpoints fill in. Caches, page tables and adapters are pytrees 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,19 @@ class LayerAdapters:
         lora_a = self.pairs[target].lora_a
         return jax.vmap(lambda groups: shrink(x, lora_a[groups]))(group_ids)
 
+    def shrinks(self, written: dict[str, Int[Array, "g B"]]) -> dict[str, tuple[Array, Int[Array, "_ B"]]]:
+        """What is multiplied by A of each row's own choice: lora_a and the groups, of q and of what is `written`."""
+        groups = dict(written)
+        if "q" in self.pairs and "q" in self.group_of and self.adapter_ids is not None and self.by_token is None:
+            groups["q"] = self.group_of["q"][self.adapter_ids][None]
+        return {target: (self.pairs[target].lora_a, ids) for target, ids in groups.items()}
+
+
+def written_groups(cache: LayerCache, adapters: LayerAdapters, table: PageTable) -> dict[str, Int[Array, "g B"]]:
+    """The A-groups whose X A is written, by target."""
+    pools = {"v": cache.low_rank_v, "k": cache.low_rank_k}
+    return {target: table.group_ids for target, pool in pools.items() if pool is not None and table.num_low_rank_tables}
+
 
 def _projection(x: Float[Array, "B T in_width"], kernel: Float[Array, "in_width out_width"]) -> Array:
     return jnp.einsum("bti,io->bto", x, kernel)
@@ -107,7 +121,7 @@ class ReducingLinear(Linear):
             if pair is None:
                 found = row_products(x, [self.kernel[...]], residual=residual, implementation=implementation)
                 if found is not None:
-                    return found[0]
+                    return found[0][0]
             return residual + self(x, target, adapters)
 
         def partial(x, kernel, pair: LoraPair | None, *chosen):
@@ -153,22 +167,23 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache]:  # fmt: skip
         """The attention of x; with `norm`, that of what it makes of x, added to x."""
         residual = None if norm is None else x
-        x, q, *kv_rows = self.project(x, norm, adapters, write_base, implementation)
-        q_delta = adapters.delta("q", x)
+        written = written_groups(cache, adapters, table)
+        x, low_rank, q, *kv_rows = self.project(x, norm, adapters, written, write_base, implementation)
         k = v = None
         if write_base:
-            k, v = kv_rows
+            k, v = (self.heads(y) for y in kv_rows)
             if not table.num_low_rank_tables:  # merged: the adapters are part of what is cached
-                k, v = k + adapters.delta("k", x), v + adapters.delta("v", x)
+                k, v = (
+                    y + self.heads(adapters.delta(target, x)) if target in adapters.pairs else y
+                    for target, y in (("k", k), ("v", v))
+                )
         q, cache = cache_view.rotate_and_write(
-            page_write.Projections(*(
-                None if y is None or isinstance(y, float) else self.heads(y) for y in (q, k, v, q_delta)
-            )),
+            page_write.Projections(self.heads(q), k, v, self.query_delta(x, low_rank.get("q"), adapters)),
             page_write.Rotation(*rope),
-            page_write.LowRank(
-                v=self.low_rank("v", x, cache.low_rank_v, adapters, table),
-                k=self.low_rank("k", x, cache.low_rank_k, adapters, table),
-            ),
+            page_write.LowRank(**{
+                target: low_rank[target] if target in low_rank else adapters.low_rank(target, x, groups)
+                for target, groups in written.items()
+            }),
             cache, table, implementation,
         )  # fmt: skip
         attended = cache_view.attend(
@@ -177,21 +192,38 @@ class Attention(nnx.Module):
         return self.o(attended, "o", adapters, residual, implementation), cache
 
     def project(
-        self, x: Float[Array, "B T D"], norm: RMSNorm | None, adapters: LayerAdapters, write_base: bool,
-        implementation: str | None,
-    ) -> list[Float[Array, "B T width"]]:  # fmt: skip
-        """What `norm` makes of x, as far as adapters read it, and its base projections: q, and k and v if written."""
+        self, x: Float[Array, "B T D"], norm: RMSNorm | None, adapters: LayerAdapters,
+        written: dict[str, Int[Array, "g B"]], write_base: bool, implementation: str | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What `norm` makes of x, as far as adapters still read it; X A by target, as far as the projections' kernel
+        makes it; the base projections [B, T, width]: q, and k and v if written.
+        """
         linears = [self.q, self.k, self.v] if write_base else [self.q]
-        read = norm is not None and not adapters.pairs.keys().isdisjoint(("q", "k", "v"))
-        found = row_products(
-            x, [linear.kernel[...] for linear in linears], norm=norm and norm.arguments, keep_normed=read,
-            implementation=implementation,
-        )  # fmt: skip
-        if found is None:
-            x, *apart = unjoined(x if norm is None else norm(x), 1 + len(linears))
-            return [x, *(linear(y) for linear, y in zip(linears, apart, strict=True))]
-        projected = [linear.with_bias(y) for linear, y in zip(linears, found, strict=False)]
-        return [found[-1] if read else x, *projected]
+        adapted = adapters.pairs.keys() & {"q", "k", "v"}
+        for shrinks in (adapters.shrinks(written), {}):  # without, if the kernel takes no A of that rank
+            read = norm is not None and not adapted <= shrinks.keys()
+            found = row_products(
+                x, [linear.kernel[...] for linear in linears], norm=norm and norm.arguments, keep_normed=read,
+                shrinks=shrinks, implementation=implementation,
+            )  # fmt: skip
+            if found is not None:
+                products, low_rank = found
+                projected = [linear.with_bias(y) for linear, y in zip(linears, products, strict=False)]
+                return products[-1] if read else x, low_rank, *projected
+        x, *apart = unjoined(x if norm is None else norm(x), 1 + len(linears))
+        return x, {}, *(linear(y) for linear, y in zip(linears, apart, strict=True))
+
+    def query_delta(
+        self, x: Float[Array, "B T D"], low_rank: Float[Array, "1 B T r"] | None, adapters: LayerAdapters
+    ) -> Float[Array, "B T N H"] | page_write.Expansion | None:
+        """What the adapters add to q; of x, or of the X A that there is."""
+        if "q" not in adapters.pairs:
+            return None
+        if low_rank is None:
+            return self.heads(adapters.delta("q", x))
+        lora_b = adapters.pairs["q"].lora_b
+        by_head = lora_b.reshape(*lora_b.shape[:2], -1, self.config.head_dim)
+        return page_write.Expansion(low_rank[0], by_head, adapters.adapter_ids)
 
     def packed(
         self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],
@@ -219,12 +251,6 @@ class Attention(nnx.Module):
     def heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads H"]:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
-    @staticmethod
-    def low_rank(target: str, x, pool, adapters: LayerAdapters, table: PageTable) -> Float[Array, "g B T r"] | None:
-        if pool is None or not table.num_low_rank_tables:
-            return None
-        return adapters.low_rank(target, x, table.group_ids)
-
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
@@ -244,7 +270,7 @@ class MLP(nnx.Module):
         if adapters.pairs.keys().isdisjoint(("gate", "up")):
             kernels = [self.gate.kernel[...], self.up.kernel[...]]
             found = row_products(x, kernels, norm=norm and norm.arguments, gated=True, implementation=implementation)
-        hidden = found[0] if found is not None else self.hidden(x if norm is None else norm(x), adapters)
+        hidden = found[0][0] if found is not None else self.hidden(x if norm is None else norm(x), adapters)
         return self.down(hidden, "down", adapters, None if norm is None else x, implementation)
 
     def hidden(self, x: Float[Array, "B T D"], adapters: LayerAdapters) -> Float[Array, "B T F"]:

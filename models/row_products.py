@@ -1,17 +1,16 @@
-"""Products of few rows with weights, and what stands around them, as one kernel: a decode step on Hopper GPUs.
+"""Products of a row with weights, and what stands around them, as one kernel: a decode step on Hopper GPUs.
 
-Switched off until its time is known: `kernels/row_matmul/dispatch.py`.
+For how many rows that is faster than XLA, `kernels/row_matmul/dispatch.py` says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from lragent_jax.kernels.row_matmul import Norm, dispatch, row_matmul
-
-MAX_ROWS = 16
+from lragent_jax.kernels.row_matmul import Norm, Shrink, dispatch, row_matmul
 
 
 def row_products(
@@ -22,34 +21,37 @@ def row_products(
     keep_normed: bool = False,
     gated: bool = False,
     residual: Float[Array, "B T _"] | None = None,
+    shrinks: Mapping[str, tuple[Float[Array, "g D r"], Int[Array, "tables B"]]] = {},
     implementation: str | None,
-) -> list[Any] | None:
-    """`row_matmul` of the B·T rows, where it is switched on and has a kernel for them.
+) -> tuple[list[Any], dict[str, Float[Array, "tables B T r"]]] | None:
+    """`row_matmul` of the B·T rows, where it is switched on for them and has a kernel: not where a mesh divides them.
 
-    It has none for many rows, and where a mesh divides them.
-
-    `norm` is a scale and an epsilon. `implementation` is the one of attention: its name, too, if there is one of it.
-    None: nothing was done, and the caller's own operations are to do it.
+    `norm` is a scale and an epsilon. `shrinks` are A's by target, and the groups of every table and row: X A is the
+    second result. `implementation` is the one of attention: its name, too, if there is one of it. None: nothing was
+    done, and the caller's own operations are to do it.
     """
     B, T, width = x.shape
-    if not dispatch.ENABLED_BY_DEFAULT or B * T > MAX_ROWS or is_divided():
+    if not dispatch.ENABLED_BY_DEFAULT or B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_divided():
         return None
     if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
     rows, weights = x.reshape(B * T, width), tuple(weights)
     by = None if norm is None else Norm(*norm)
+    by_row = tuple(Shrink(lora_a, jnp.repeat(groups, T, axis=1)) for lora_a, groups in shrinks.values())
     try:
-        chosen = dispatch.choose(implementation, rows, weights, by)
+        chosen = dispatch.choose(implementation, rows, weights, by, by_row)
     except NotImplementedError:
         return None
     if chosen == "xla":
         return None
     added = None if residual is None else residual.reshape(B * T, -1)
     results = row_matmul(
-        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added,
+        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added, shrinks=by_row,
         weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
     )  # fmt: skip
-    return [y.reshape(B, T, -1) for y in results]
+    products, shrunk = results[: len(results) - len(by_row)], results[len(results) - len(by_row) :]
+    by_target = {target: y.reshape(-1, B, T, y.shape[-1]) for target, y in zip(shrinks, shrunk, strict=True)}
+    return [y.reshape(B, T, -1) for y in products], by_target
 
 
 def is_divided() -> bool:

@@ -1,5 +1,6 @@
 """Every GPU kernel compiles for an H100 at the shapes that count, in every configuration, with no H100 there."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,8 +17,9 @@ from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, tuned
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS, dispatch
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BlockSizes as MosaicPrefill
 from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes
-from lragent_jax.kernels.row_matmul import Norm, row_matmul
-from lragent_jax.kernels.row_matmul import dispatch as row_matmul_dispatch
+from lragent_jax.kernels.row_matmul import Norm, Shrink, row_matmul
+from lragent_jax.measure.tpu_programs import Workload, model_mesh
+from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.matrix_product import matrix_product
 
 pytestmark = pytest.mark.aot
@@ -155,32 +157,49 @@ def test_the_products_of_a_decode_step_compile_and_copy_no_weight(rows):
     def array(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
-    def layer(x, attended, scale, qkv, o, gate_up, down):
+    def layer(x, attended, scale, qkv, o, gate_up, down, shrinks):
         norm = Norm(scale, 1e-5)
         use = functools.partial(row_matmul, implementation="pallas_mosaic_gpu")
-        q, k, v, normed = use(x, qkv, norm=norm, keep_normed=True)
+        q, k, v, normed, *low_rank = use(x, qkv, norm=norm, keep_normed=True, shrinks=shrinks)
         (x,) = use(attended, [o], residual=x)
         (hidden,) = use(x, gate_up, norm=norm, gated=True)
-        return q, k, v, normed, use(hidden, [down], residual=x)
+        return q, k, v, normed, low_rank, use(hidden, [down], residual=x)
 
     D, F, KV = 4096, 14_336, 1024
     weights = [array(D, D), array(D, KV), array(D, KV)], array(D, D), [array(D, F), array(D, F)], array(F, D)
-    compiled = aot.compile_for(aot.h100(), layer, array(rows, D), array(rows, D), array(D), *weights)
+    groups: Any = jax.ShapeDtypeStruct((2, rows), jnp.int32)
+    shrinks = [Shrink(array(5, D, rank), groups) for rank in (8, 64)]
+    compiled = aot.compile_for(aot.h100(), layer, array(rows, D), array(rows, D), array(D), *weights, shrinks)
     assert aot.text_of(compiled).count('custom_call_target="mosaic_gpu') == 4
-    assert aot.copies_of(compiled, *jax.tree.leaves(weights)) == []
+    assert aot.copies_of(compiled, *jax.tree.leaves((weights, shrinks))) == []
     assert aot.temporaries(compiled) < 2 * rows * 2 * (2 * D + F)
 
 
-def test_a_decode_step_takes_four_products_per_layer_where_they_are_switched_on(monkeypatch):
-    """That it takes none where they are not is seen in `test_page_write`, where the same step is compiled."""
-    monkeypatch.setattr(row_matmul_dispatch, "ENABLED_BY_DEFAULT", True)
-    jax.clear_caches()  # the switch is no argument of what is traced
-    try:
-        compiled, _ = aot.engine_program.__wrapped__("decode", 1, 1)
-    finally:
-        jax.clear_caches()
-    kernels = re.findall(r"custom-call\(.*row_matmul_pallas_mosaic_gpu", aot.text_of(compiled))
-    assert len(kernels) == 2 * 4
+@pytest.mark.parametrize(("rank", "added"), [(8, False), (24, True)])
+def test_a_layer_of_one_row_is_seven_kernels(rank, added):
+    """At the shapes of 8B, with adapters on q and v: XLA adds none of its own to those that are written here.
+
+    But for a rank that the products' kernel does not take: there X A and its way to the page write are XLA's.
+    """
+    config = dataclasses.replace(LlamaConfig.preset("llama-3.1-8b"), num_layers=3, vocab_size=512)
+    workload = Workload(
+        config=config, mesh=model_mesh(aot.h100().devices.flatten()), page_size=64, pages=700, width=64, rank=rank,
+        batch=1, tokens=1, implementation="pallas_mosaic_gpu",
+    )  # fmt: skip
+    computations = aot.text_of(workload.lower("decode").compile()).split("\n}\n")
+    [step] = (text for text in computations if text.count("rotate_and_write_h128/") >= config.num_layers)
+    launched = [line for line in step.splitlines() if re.search(r" (fusion|custom-call|copy|reduce|dot)\(", line)]
+    written_here = ("row_matmul_pallas_mosaic_gpu", "rotate_and_write_h128", "lora_attention_pallas_mosaic_gpu")
+
+    def named(line: str) -> str:
+        return next((name for name in written_here if "mosaic_gpu_v" in line and name in line), "XLA")
+
+    names = [named(line) for line in launched]
+    product, write, attention = written_here
+    first = [i for i, name in enumerate(names) if name == product][::4]
+    of_layer = names[first[1] : first[2]]
+    assert [name for name in of_layer if name != "XLA"] == [product, write, attention, attention, *[product] * 3]
+    assert ("XLA" in of_layer) == added
 
 
 def test_nothing_is_kept_on_disk_for_a_device_that_cannot_read_it():

@@ -44,11 +44,11 @@ def test_variants_stand_side_by_side(monkeypatch, capsys, clearings):
 
 def test_a_variant_applies_to_what_is_compiled_meanwhile():
     before = generation.decode._by_kind
-    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=True)):
-        assert dispatch.ENABLED_BY_DEFAULT
+    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False)):
+        assert not dispatch.ENABLED_BY_DEFAULT
         assert generation.decode._by_kind is not before
         assert generation.prefill._by_kind[None] is generation.prefill._jitted()
-    assert not dispatch.ENABLED_BY_DEFAULT
+    assert dispatch.ENABLED_BY_DEFAULT
     assert generation.decode._by_kind is before
 
 

@@ -15,7 +15,7 @@ from tolerances import assert_close
 
 from lragent_jax.kernels import page_write
 from lragent_jax.kernels.interpret import interpreted
-from lragent_jax.kernels.page_write import LowRank, Pools, Projections, Rotation, Slots, pallas_mosaic_gpu
+from lragent_jax.kernels.page_write import Expansion, LowRank, Pools, Projections, Rotation, Slots, pallas_mosaic_gpu
 from lragent_jax.models import cache_view
 from lragent_jax.models.cache_view import LayerCache, PageTable
 from lragent_jax.models.matrix_product import FEW_ROWS
@@ -41,6 +41,8 @@ class Case:
     r_v: int = 8
     r_k: int = 0
     delta: bool = True
+    adapters: tuple[int, ...] = ()
+    """Whose B's q's part is made of, by row; else, with `delta`, it is given."""
     base: bool = True
 
     @property
@@ -60,6 +62,9 @@ CASES = (
         rows=((14, 18, 0, (0, 15)), (-1, 3, 1, (NEVER, 0)), (5, 5, 0, (0, 0))), T=5, N=4, r_k=16,
     ),
     Case("wide heads, no adapter on q, merged", rows=((30, 34, 32, ()),), T=5, H=128, p=32, r_v=0, delta=False),
+    Case("rows of three adapters", rows=((15, 16, 0, (0,)), (3, 4, 0, (0,)), (0, 1, 0, (0,))), T=1, adapters=(3, 0, 1)),
+    Case("one row, an adapter for two tokens", rows=((7, 9, 0, ()),), T=2, H=128, r_v=0, N=4, adapters=(2,)),
+    Case("an adapter on q, only low-rank pages", rows=((9, 10, 0, (2,)),), T=1, N=4, K=4, adapters=(1,), base=False),
     Case("only low-rank pages", rows=((1, 4, 0, (2,)),), T=3, N=4, K=4, base=False),
 )  # fmt: skip
 
@@ -111,9 +116,16 @@ def make(case: Case) -> Call:
     q, k, v, delta = (heads(count) for count in (case.N, case.K, case.K, case.N))
     if not case.base:
         k = v = None
+    delta = delta if case.delta else None
+    if case.adapters:
+        lora_b = rng.standard_normal((5, 8, case.N, case.H))
+        lora_b[0] = 0
+        lora_b[np.setdiff1d(np.arange(5), case.adapters)] = np.nan
+        low = amid_nan(rng.standard_normal((B, T, 8)), (0, 1, 2))
+        delta = Expansion(low, jnp.asarray(lora_b, jnp.bfloat16), jnp.asarray(case.adapters, jnp.int32))
     angles = (positions[..., None] * 0.7 ** np.arange(case.H // 2)).astype(np.float32)
     new = LowRank(v=low_rank(case.r_v), k=low_rank(case.r_k))
-    return Call(Projections(q, k, v, delta if case.delta else None), angles, new, cache, table)
+    return Call(Projections(q, k, v, delta), angles, new, cache, table)
 
 
 def expected(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
@@ -125,6 +137,10 @@ def expected(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray, list[np.nd
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
     q, k, v, delta = call.projections
+    if isinstance(delta, Expansion):
+        low, lora_b = (np.asarray(x, np.float32) for x in delta[:2])
+        own = [np.einsum("tr,rnh->tnh", low[b], lora_b[adapter]) for b, adapter in enumerate(case.adapters)]
+        delta = jnp.asarray(np.stack(own), jnp.bfloat16)
     q_out = rotate(q if delta is None else q + delta, call.angles)
     kv = np.array(call.cache.kv, np.float32)
     low_rank = [
@@ -238,6 +254,7 @@ def test_what_the_kernel_cannot_do_the_scatters_do(changes, reason):
     [
         (lambda new, pools, slots: (new._replace(v=None), pools, slots), "only one is given"),
         (lambda new, pools, slots: (new._replace(k=new.q, v=new.q), pools, slots), "k and v have shapes"),
+        (lambda new, pools, slots: (new._replace(q_delta=Expansion(new.q, new.q, new.q)), pools, slots), "q_delta has"),
         (lambda new, pools, slots: (new, pools._replace(low_rank_v=None), slots), "without a pool"),
         (lambda new, pools, slots: (new, pools, slots._replace(low_rank=None)), "without slots"),
         (lambda new, pools, slots: (new, pools._replace(low_rank_v=pools.kv[:, 0]), slots), "rank 16"),
@@ -266,7 +283,8 @@ def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens)
     text = aot.text_of(compiled)
     assert len(re.findall(r"custom-call\(.*rotate_and_write_h128", text)) == 2
     assert not re.search(r"%\S*scatter\S* = bf16", text)
-    assert "row_matmul_pallas_mosaic_gpu" not in text  # it is switched off
+    products = len(re.findall(r"custom-call\(.*row_matmul_pallas_mosaic_gpu", text))
+    assert products == (2 * 4 if (program, batch) == ("decode", 1) else 0)
     assert aot.copies_of(compiled, *pools) == []
 
 

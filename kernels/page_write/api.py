@@ -4,7 +4,7 @@ import importlib
 
 from jaxtyping import Array, Float
 
-from lragent_jax.kernels.page_write.arguments import LowRank, Pools, Projections, Rotation, Slots
+from lragent_jax.kernels.page_write.arguments import Expansion, LowRank, Pools, Projections, Rotation, Slots
 
 IMPLEMENTATIONS = ("pallas_mosaic_gpu", "xla")
 ON_GPUS = ("pallas_mosaic_gpu", "xla")
@@ -47,12 +47,19 @@ def rotate_and_write(
 
 
 def check(projections: Projections, low_rank: LowRank, slots: Slots, pools: Pools) -> None:
-    q, k, v, _ = projections
+    q, k, v, q_delta = projections
     if (k is None) != (v is None):
         raise ValueError("of k and v only one is given; pass both, or neither where base pages are not written")
     heads = (*q.shape[:2], pools.kv.shape[1], q.shape[3])
     if k is not None and v is not None and not k.shape == v.shape == heads:
         raise ValueError(f"k and v have shapes {k.shape} and {v.shape}; beside q and the pool both must be {heads}")
+    if isinstance(q_delta, Expansion):
+        low, b, ids = (x.shape for x in q_delta)
+        if low[:2] != q.shape[:2] or b[1:] != (low[2], *q.shape[2:]) or ids != q.shape[:1]:
+            raise ValueError(
+                f"q_delta has low-rank numbers of shape {low}, B's of {b} and ids of {ids}; beside q of {q.shape} they "
+                "must be [B, T, r], [A, r, N, H] and [B]"
+            )
     if pools.kv.shape[3] != 2 * q.shape[3]:
         raise ValueError(f"the pool has shape {pools.kv.shape}; its slots must hold K and V of {q.shape[3]} lanes each")
     for target, new, pool in zip(("v", "k"), low_rank, (pools.low_rank_v, pools.low_rank_k), strict=True):

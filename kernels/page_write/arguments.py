@@ -6,16 +6,32 @@ p page size.
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
+class Expansion(NamedTuple):
+    """X A of every token, and the B's that it is multiplied by, each row with its own adapter's."""
+
+    low_rank: Float[Array, "B T r"]
+    lora_b: Float[Array, "A r N H"]
+    adapter_ids: Int32[Array, " B"]
+
+    def expanded(self) -> Float[Array, "B T N H"]:
+        """(X A) B in the dtype of both."""
+        return jnp.einsum("btr,brnh->btnh", self.low_rank, self.lora_b[self.adapter_ids])
+
+
 class Projections(NamedTuple):
-    """Of every token, before RoPE. `q_delta`: what adapters add to q; k and v are None where none are written."""
+    """Of every token, before RoPE; k and v are None where none are written.
+
+    `q_delta`: what adapters add to q, or what it is to be made of.
+    """
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"] | None = None
     v: Float[Array, "B T K H"] | None = None
-    q_delta: Float[Array, "B T N H"] | None = None
+    q_delta: Float[Array, "B T N H"] | Expansion | None = None
 
 
 class Rotation(NamedTuple):

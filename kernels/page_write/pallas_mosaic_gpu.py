@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from lragent_jax.kernels.hopper import refuse_other_gpus
 from lragent_jax.kernels.interpret import is_interpreted
-from lragent_jax.kernels.page_write.arguments import LowRank, Pools, Projections, Rotation, Slots
+from lragent_jax.kernels.page_write.arguments import Expansion, LowRank, Pools, Projections, Rotation, Slots
 
 THREADS = 128
 MAX_VECTOR = 8  # 16-bit numbers that a thread loads at once
@@ -36,8 +36,8 @@ INDEX = ((),) if _idx is not None and _idx.default is inspect.Parameter.empty el
 class Inputs(NamedTuple):
     """The kernel's arguments, in device memory; M = B T tokens.
 
-    Of few tokens `q` holds everything that XLA has made of them, in one kernel: q with its adapter's part, k, v, and
-    low-rank values and keys, padded to heads.
+    Of few tokens whose q has no `expansion`, `q` holds everything that XLA has made of them, in one kernel: q with its
+    adapter's part, k, v, and low-rank values and keys, padded to heads.
     """
 
     q: Any  # [M, N, H] or [M, N + 2 K + .., H]
@@ -48,6 +48,7 @@ class Inputs(NamedTuple):
     v: Any = None  # [M, K, H]
     low_rank_v: Any = None  # [g, M, r_v]
     low_rank_k: Any = None  # [g, M, r_k]
+    expansion: Any = None  # Expansion: [M, r], [A, r, N, H], [M]
 
 
 class Shapes(NamedTuple):
@@ -99,12 +100,25 @@ def rotated(x: list[jax.Array], angles) -> tuple[jax.Array, jax.Array]:
     return first * cos - second * sin, second * cos + first * sin
 
 
+def expanded(s: Shapes, expansion: Expansion, dtype, token, first_head) -> list[jax.Array]:
+    """(X A) B of a token, of a block of heads, as the halves of q: summed in f32, rounded to `dtype`."""
+    adapter = expansion.adapter_ids[token]
+    products = []
+    for i in range(expansion.low_rank.shape[1]):
+        number = expansion.low_rank[token, i].astype(jnp.float32)
+        products.append([number * x for x in s.halves(expansion.lora_b.at[adapter], i, first_head)])
+    return [functools.reduce(jnp.add, half).astype(dtype).astype(jnp.float32) for half in zip(*products, strict=True)]
+
+
 def rotate_queries(s: Shapes, inputs: Inputs, q_out, token, blocks) -> Callable[[], None]:
     """These blocks of heads of one token are loaded; what comes back rotates and stores them."""
     angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
     loaded = [
         [s.halves(x, token, block * s.heads) for x in (inputs.q, inputs.q_delta) if x is not None] for block in blocks
     ]
+    if inputs.expansion is not None:
+        for block, parts in zip(blocks, loaded, strict=True):
+            parts.append(expanded(s, inputs.expansion, q_out.dtype, token, block * s.heads))
 
     def store():
         for block, (q, *deltas) in zip(blocks, loaded, strict=True):
@@ -190,7 +204,7 @@ def refuse(projections: Projections, pools: Pools, low_rank: LowRank) -> None:
     """Raises NotImplementedError for what the kernel was not written for."""
     q, kv = projections.q, pools.kv
     N, H = q.shape[2:]
-    arrays = [x for x in (*projections, *pools, *low_rank) if x is not None]
+    arrays = [x for x in jax.tree.leaves((projections, pools, low_rank)) if x.dtype != jnp.int32]
     if q.dtype not in ("bfloat16", "float16") or any(x.dtype != q.dtype for x in arrays):
         raise NotImplementedError(f"dtypes {sorted({str(x.dtype) for x in arrays})}: all must be bfloat16, or float16")
     if q.shape[0] * q.shape[1] > MOST_TOKENS:
@@ -214,10 +228,15 @@ def make_inputs(
     targets = slots.base.reshape(1, M)
     if slots.low_rank is not None:
         targets = jnp.concatenate([targets, slots.low_rank.reshape(-1, M)])
-    if not few:
+    expansion = None
+    if isinstance(q_delta, Expansion):
+        low, lora_b, ids = q_delta
+        expansion = Expansion(low.reshape(M, -1), lora_b, jnp.broadcast_to(ids[:, None], q.shape[:2]).reshape(M))
+        q_delta = None
+    if expansion is not None or not few:
         q, q_delta, k, v = (None if x is None else x.reshape(M, -1, H) for x in (q, q_delta, k, v))
         low_rank_v, low_rank_k = (None if x is None else x.reshape(x.shape[0], M, -1) for x in low_rank)
-        return Inputs(q, angles, targets, q_delta, k, v, low_rank_v, low_rank_k)
+        return Inputs(q, angles, targets, q_delta, k, v, low_rank_v, low_rank_k, expansion)
     parts = [q if q_delta is None else q + q_delta, *(x for x in (k, v) if x is not None)]
     parts += [jnp.einsum("gbtr->btgr", x) for x in low_rank if x is not None]
     joined = jnp.concatenate([x.reshape(M, -1) for x in parts], axis=1)

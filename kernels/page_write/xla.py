@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from lragent_jax.kernels.page_write.arguments import LowRank, Pools, Projections, Rotation, Slots
+from lragent_jax.kernels.page_write.arguments import Expansion, LowRank, Pools, Projections, Rotation, Slots
 from lragent_jax.kernels.rotary import rotate
 
 
@@ -12,6 +12,8 @@ def rotate_and_write(
 ) -> tuple[Float[Array, "B T N H"], Pools]:
     """See `api.rotate_and_write`."""
     q, k, v, q_delta = projections
+    if isinstance(q_delta, Expansion):
+        q_delta = q_delta.expanded()
     q = rotate(q if q_delta is None else q + q_delta, *rotation)
     if k is not None and v is not None:
         pools = pools._replace(kv=write_base(pools.kv, rotate(k, *rotation), v, slots.base))

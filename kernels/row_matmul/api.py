@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array
 
-from lragent_jax.kernels.row_matmul.arguments import Norm
+from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink
 from lragent_jax.kernels.row_matmul.dispatch import choose, run
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,6 +18,7 @@ def row_matmul(
     keep_normed: bool = False,
     gated: bool = False,
     residual: Array | None = None,
+    shrinks: Sequence[Shrink] = (),
     weights_at_rest: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
@@ -33,29 +34,31 @@ def row_matmul(
       keep_normed: whether to return f(x), too, behind the products. Needs `norm`.
       gated: the two weights, of one shape, are a gate's and its input's: the only result is silu(x W_0) · (x W_1).
       residual: [rows, out], added to the only result.
+      shrinks: A's of adapters that f(x) is multiplied by, too, each row by those of its own groups; no other is read.
       weights_at_rest: whether the weights are what the program was called with, and not what an operation just before
         makes of something: then they may be read while that operation still runs.
       implementation: "pallas_mosaic_gpu" or "xla"; None takes the first that fits.
 
     Returns:
-      [rows, out] per weight (one where `gated`), then, with `keep_normed`, [rows, D].
+      [rows, out] per weight (one where `gated`), [rows, D] with `keep_normed`, [tables, rows, r] per shrink.
 
     Raises:
       ValueError: arguments that contradict each other or these rules.
       NotImplementedError: the implementation that was named does not fit (its reason).
     """
-    weights = tuple(weights)
+    weights, shrinks = tuple(weights), tuple(shrinks)
     check(x, weights, norm, residual)
+    check_shrinks(x, shrinks)
     if keep_normed and norm is None:
         raise ValueError("keep_normed is set and norm is None; there is nothing to keep")
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise ValueError(f"gated needs two weights of one shape, not {[weight.shape for weight in weights]}")
     if residual is not None and len(weights) > 1 and not gated:
         raise ValueError(f"residual is given with {len(weights)} weights; it can be added to one result only")
-    chosen = choose(implementation, x, weights, norm)
+    chosen = choose(implementation, x, weights, norm, shrinks)
     return run(
         chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual,
-        weights_at_rest=weights_at_rest,
+        shrinks=shrinks, weights_at_rest=weights_at_rest,
     )  # fmt: skip
 
 
@@ -73,3 +76,12 @@ def check(x: Array, weights: tuple[Array, ...], norm: Norm | None, residual: Arr
     shape = (rows, weights[0].shape[1])
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
         raise ValueError(f"residual is {residual.dtype}{list(residual.shape)}; it must be {x.dtype}{list(shape)}")
+
+
+def check_shrinks(x: Array, shrinks: tuple[Shrink, ...]) -> None:
+    rows, width = x.shape
+    for lora_a, groups in shrinks:
+        if lora_a.ndim != 3 or lora_a.shape[1] != width or lora_a.dtype != x.dtype:
+            raise ValueError(f"a lora_a is {lora_a.dtype}{list(lora_a.shape)}; it must be {x.dtype}[g, {width}, r]")
+        if groups.ndim != 2 or groups.shape[1] != rows or groups.dtype != "int32":
+            raise ValueError(f"groups are {groups.dtype}{list(groups.shape)}; they must be int32[tables, {rows}]")

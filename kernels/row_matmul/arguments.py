@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 
 class Norm(NamedTuple):
@@ -10,3 +10,10 @@ class Norm(NamedTuple):
 
     scale: Float[Array, " D"]
     eps: float
+
+
+class Shrink(NamedTuple):
+    """A of LoRA adapters, and which of its groups a row is multiplied by, for every table that its numbers go to."""
+
+    lora_a: Float[Array, "g D r"]
+    groups: Int32[Array, "tables rows"]

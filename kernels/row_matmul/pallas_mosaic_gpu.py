@@ -4,10 +4,13 @@ A block makes tiles of 64 columns of the result. Its memory warpgroup brings the
 of them at a time and as many stages ahead as shared memory holds, beside the same part of x; its compute warpgroup
 normalises that part where asked to and multiplies, the weights' transpose as the matrix unit's 64 rows, the rows of x
 as its 8 or 16 columns. So the first stages are under way before the statistics of the norm are known.
+
+A row's X A is a block of its own, on a processor that has no tile: one warpgroup, nothing but loads and additions.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +21,16 @@ from jaxtyping import Array, Float
 
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
-from lragent_jax.kernels.row_matmul.arguments import Norm
+from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink
 
 TILE = 64  # columns of a weight in one instruction of the matrix unit
 LANES = 128  # numbers of a row that the registers' layout takes together
 MAX_ROWS = 16
 SMEM_BYTES = 227 * 1024
 NUM_SMS = 132
+RANKS = (8, 16, 32, 64)  # of A that its own blocks multiply by
+PARTS = 8  # of a row, whose sums are added in the end
+SHRINK_LOADS = 16  # of A that a thread has under way, 16 bytes each
 
 WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
@@ -41,6 +47,14 @@ def statistics_layout():
     return plgpu.Layout.TILED(
         plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
     )
+
+
+def shrink_layout(rank: int):
+    """Rows of A, [4, 256 / rank, rank]: 16 bytes a thread, a quarter a warp, over which nothing has to be summed."""
+    tile, vector = (4, 256 // rank, rank), (8,)
+    if rank == 8:
+        return plgpu.Layout.TILED(plgpu.Tiling((tile,)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    return plgpu.Layout.TILED(plgpu.Tiling((tile, vector)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,7 @@ class Shapes:
     stages: int
     early: bool
     interpret: bool
+    shrinks: tuple[tuple[int, int], ...] = ()  # of each: tables, rank
 
     @property
     def padded(self) -> int:
@@ -93,7 +108,12 @@ class Shapes:
 
     @property
     def num_blocks(self) -> int:
+        """That make tiles; those behind them make a row's X A each."""
         return sum(self.blocks)
+
+    @property
+    def grid(self) -> int:
+        return self.num_blocks + sum(tables * self.rows for tables, _ in self.shrinks)
 
     @property
     def turns(self) -> int:
@@ -109,7 +129,7 @@ class Shapes:
 
 def heuristic(shapes: Shapes) -> BlockSizes:
     """One wave of blocks: up to two on a processor, which then share its memory. Long turns, but not then."""
-    resident = 1 if shapes.num_blocks <= NUM_SMS else 2
+    resident = 1 if shapes.grid <= NUM_SMS else 2
     long = resident == 1 and not shapes.gated and shapes.width % (2 * LANES) == 0
     shapes = dataclasses.replace(shapes, block_k=(1 + long) * LANES)
     stages = (SMEM_BYTES // resident - shapes.fixed_bytes() - 1024) // shapes.stage_bytes()
@@ -171,23 +191,27 @@ def over_rows(per_lane, s: Shapes):
     return plgpu.layout_cast(lax.broadcast_in_dim(per_lane, (s.padded, s.block_k), (1,)), row_layout())
 
 
+def sum_squares(refs, row) -> None:
+    wide = load(refs.folded.at[row], statistics_layout(), optimized=False).astype(jnp.float32)
+    refs.sums[row, ...] = (wide * wide).sum(axis=1)
+
+
+def rms_of_row(refs, row, s: Shapes):
+    """1 / rms of a row whose squares were summed."""
+    total = functools.reduce(jnp.add, [refs.sums[row, i] for i in range(PARTS)])
+    return lax.rsqrt(total * (1 / s.width) + s.eps)
+
+
 def reciprocal_rms(refs, s: Shapes):
     """1 / rms(x), f32: a number, or of several rows [padded, s.block_k] with a row's in all its lanes."""
-
-    def sum_squares(row, _):
-        wide = load(refs.folded.at[row], statistics_layout(), optimized=False).astype(jnp.float32)
-        refs.sums[row, ...] = (wide * wide).sum(axis=1)
-
-    def of_row(row):
-        total = functools.reduce(jnp.add, [refs.sums[row, i] for i in range(8)])
-        return lax.rsqrt(total * (1 / s.width) + s.eps)
-
-    lax.fori_loop(0, s.rows, sum_squares, None)
+    lax.fori_loop(0, s.rows, lambda row, _: sum_squares(refs, row), None)
     if s.rows == 1:
-        return of_row(0)
+        return rms_of_row(refs, 0, s)
     number = plgpu.broadcasted_iota(jnp.int32, (s.padded, s.block_k), 0, layout=row_layout())
     ones = plgpu.layout_cast(jnp.full((s.padded, s.block_k), 1.0, jnp.float32), row_layout())
-    return lax.fori_loop(0, s.rows, lambda row, chosen: jnp.where(number == row, of_row(row), chosen), ones)
+    return lax.fori_loop(
+        0, s.rows, lambda row, chosen: jnp.where(number == row, rms_of_row(refs, row, s), chosen), ones
+    )
 
 
 def write_normed(refs, turn, x, s: Shapes) -> None:
@@ -263,6 +287,63 @@ def finish(refs, block, tiles, s: Shapes) -> None:
         start += count
 
 
+def shrink(refs, lora_a, out, group, row, s: Shapes) -> None:
+    """f(x) A of one row, [rank]: what the other blocks normalise, times A where it lies, summed in f32."""
+    dtype, rank = refs.x.dtype, lora_a.shape[3]
+    layout = shrink_layout(rank)
+    take = 256 // rank  # rows of A in a load of a quarter of the parts
+    loads = s.width // PARTS // take
+    at_once = math.gcd(loads, SHRINK_LOADS // 2)
+    if s.eps is not None:
+        sum_squares(refs, row)
+        factor = rms_of_row(refs, row, s)
+
+    def over_rank(numbers):
+        return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (4, take, rank), (0, 1)), layout)
+
+    def step(turn, total):
+        places = [
+            (pl.ds(first, 4), pl.ds((turn * at_once + i) * take, take)) for i in range(at_once) for first in (0, 4)
+        ]
+        matrices = [load(lora_a.at[group, *place], layout, optimized=False) for place in places]
+        vectors = [
+            [
+                load(ref.at[place], layout.reduce(2), optimized=False)
+                for ref in (refs.folded.at[row], *refs.folded_scale)
+            ]
+            for place in places
+        ]
+        for matrix, (x, *scale) in zip(matrices, vectors, strict=True):
+            x = x.astype(jnp.float32)
+            if scale:
+                x = (x * factor).astype(dtype).astype(jnp.float32)
+                x = (x * scale[0].astype(jnp.float32)).astype(dtype).astype(jnp.float32)
+            total += over_rank(x) * matrix.astype(jnp.float32)
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((4, take, rank), jnp.float32), layout)
+    refs.shrink_sums[:, pl.ds(0, rank)] = lax.fori_loop(0, loads // at_once, step, zeros).sum(axis=1)
+
+    def write(i, _):
+        out[row, i] = functools.reduce(jnp.add, [refs.shrink_sums[part, i] for part in range(4)]).astype(dtype)
+
+    lax.fori_loop(0, rank, write, None)
+
+
+def shrink_rows(refs, block, s: Shapes) -> None:
+    """The blocks behind those of the tiles: one for every row of every table."""
+    after_kernels_before(s)
+    start = s.num_blocks
+    for (tables, _), lora_a, groups, out in zip(s.shrinks, refs.lora_a, refs.groups, refs.shrunk, strict=True):
+
+        @pl.when((block >= start) & (block < start + tables * s.rows))
+        def _(start=start, lora_a=lora_a, groups=groups, out=out):
+            table, row = lax.div(block - start, jnp.int32(s.rows)), lax.rem(block - start, jnp.int32(s.rows))
+            shrink(refs, lora_a, out.at[table], groups[table, row], row, s)
+
+        start += tables * s.rows
+
+
 class Refs:
     """The kernel's refs by name."""
 
@@ -286,29 +367,47 @@ def scratch(s: Shapes, dtype) -> dict:
     if s.eps is not None:
         buffers |= {
             "scale_smem": plgpu.SMEM((s.stages, s.block_k), dtype),
-            "sums": plgpu.SMEM((s.rows, 8), jnp.float32),
+            "sums": plgpu.SMEM((s.rows, PARTS), jnp.float32),
         }
+    if s.shrinks:
+        buffers["shrink_sums"] = plgpu.SMEM((4, max(rank for _, rank in s.shrinks)), jnp.float32)
     if s.keep_normed:
         buffers["normed_smem"] = plgpu.SMEM((s.padded, s.block_k), dtype)
     return buffers
 
 
-def call(x, weights, scale, residual, *, s: Shapes):
-    inputs = {"x": x, **{f"weight{i}": weight for i, weight in enumerate(weights)}}
+def call(x, weights, scale, residual, shrinks, *, s: Shapes):
+    parts = (PARTS, s.width // PARTS)
+    inputs: dict = {"x": x, "weights": weights}
+    if s.eps is not None or s.shrinks:
+        inputs["folded"] = x.reshape(s.rows, *parts)
     if s.eps is not None:
-        inputs |= {"folded": x.reshape(s.rows, 8, s.width // 8), "scale": scale}
+        inputs["scale"] = scale
     if s.residual:
         inputs["residual"] = residual
+    if s.shrinks:
+        inputs |= {
+            "folded_scale": [scale.reshape(parts)] if s.eps is not None else [],
+            "lora_a": [
+                each.lora_a.reshape(-1, *parts, rank) for each, (_, rank) in zip(shrinks, s.shrinks, strict=True)
+            ],
+            "groups": [each.groups for each in shrinks],
+        }
     outs = (s.outs[:1] if s.gated else s.outs) + (s.width,) * s.keep_normed
+    shapes = [(s.rows, out) for out in outs] + [(tables, s.rows, rank) for tables, rank in s.shrinks]
+    arrays, as_inputs = jax.tree.flatten(inputs)
 
     def body(*args, **buffers):
-        named = dict(zip(inputs, args[: len(inputs)], strict=True))
-        weight_refs = [named.pop(f"weight{i}") for i in range(len(weights))]
-        refs = Refs(**named, **buffers, weights=weight_refs, outs=args[len(inputs) :])
+        named = jax.tree.unflatten(as_inputs, args[: len(arrays)])
+        results = args[len(arrays) :]
+        refs = Refs(**named, **buffers, outs=results[: len(outs)], shrunk=results[len(outs) :])
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        pl.when(warpgroup == 1)(lambda: bring(refs, block, s))
+        makes_tiles = block < s.num_blocks
+        pl.when((warpgroup == 1) & makes_tiles)(lambda: bring(refs, block, s))
+        if s.shrinks:
+            pl.when((warpgroup == 0) & ~makes_tiles)(lambda: shrink_rows(refs, block, s))
 
-        @pl.when(warpgroup == 0)
+        @pl.when((warpgroup == 0) & makes_tiles)
         def _():
             def accumulate(*accumulators):
                 compute(refs, block, s, *accumulators)
@@ -320,22 +419,22 @@ def call(x, weights, scale, residual, *, s: Shapes):
     body.__name__ = f"row_matmul_{'gated' if s.gated else len(s.outs)}_tiles{s.tiles}_k{s.block_k}_stages{s.stages}"
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((s.rows, out), x.dtype) for out in outs),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes),
         scratch_types=scratch(s, x.dtype),
-        grid=(s.num_blocks,),
+        grid=(s.grid,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if s.interpret else {}),
     )
-    return kernel(*inputs.values())
+    return kernel(*arrays)
 
 
 call_once = jax.jit(call, static_argnames="s")  # traced and lowered once for all layers of a model
 
 
-def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None) -> None:
+def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
     """Raises NotImplementedError for what the kernel was not written for."""
     if x.dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {x.dtype}: the matrix unit takes bfloat16 and float16")
@@ -347,6 +446,10 @@ def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None) -> None:
         raise NotImplementedError(f"a norm over {x.shape[1]} numbers: multiples of 512 fill its registers")
     if wrong := [weight.shape[1] for weight in weights if weight.shape[1] % TILE]:
         raise NotImplementedError(f"weights of {wrong} columns: multiples of {TILE} fill its tiles")
+    if wrong := [each.lora_a.shape[2] for each in shrinks if each.lora_a.shape[2] not in RANKS]:
+        raise NotImplementedError(f"ranks {wrong}: it is written for {RANKS}")
+    if shrinks and x.shape[1] % 256:
+        raise NotImplementedError(f"A of {x.shape[1]} rows: multiples of 256 fill its registers")
     if jax.default_backend() == "gpu":
         capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
         if not capability[0].isdigit() or float(capability) != 9.0:
@@ -361,11 +464,12 @@ def row_matmul(
     keep_normed: bool,
     gated: bool,
     residual: Float[Array, "rows out"] | None,
+    shrinks: tuple[Shrink, ...] = (),
     weights_at_rest: bool = False,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`."""
-    refuse(x, weights, norm)
+    refuse(x, weights, norm, shrinks)
     shapes = Shapes(
         rows=x.shape[0],
         width=x.shape[1],
@@ -379,9 +483,10 @@ def row_matmul(
         stages=2,
         early=weights_at_rest and hasattr(plgpu, "griddepcontrol_wait"),  # from JAX 0.11 on
         interpret=is_interpreted(),
+        shrinks=tuple((each.groups.shape[0], each.lora_a.shape[2]) for each in shrinks),
     )
     sizes = block_sizes or heuristic(shapes)
     if shapes.width % sizes.block_k or any(out % (TILE * sizes.tiles) for out in shapes.outs):
         raise NotImplementedError(f"{sizes} do not divide weights of {shapes.width} rows and {shapes.outs} columns")
     shapes = dataclasses.replace(shapes, tiles=sizes.tiles, block_k=sizes.block_k, stages=sizes.stages)
-    return call_once(x, weights, None if norm is None else norm.scale, residual, s=shapes)
+    return call_once(x, weights, None if norm is None else norm.scale, residual, shrinks, s=shapes)

@@ -102,7 +102,7 @@ class FusedProduct(NamedTuple):
 
     @property
     def keep_normed(self) -> bool:
-        """Of q, k and v: their adapters read the normalised rows."""
+        """Of q, k and v: adapters whose A the kernel does not take read the normalised rows."""
         return self.eps is not None and not self.gated
 
     def results(self, way: Callable, x, weights, shared: Shared) -> tuple[Array, ...]:

@@ -56,7 +56,7 @@ KERNELS = {
         {"block_kv": (64, 128), "num_stages": (2, 3)},
     ),
     ("pallas_mosaic_gpu", "decode"): Kernel(
-        lambda case, heads: mosaic_decode.heuristic(case.r_k),
+        lambda case, heads: mosaic_decode.heuristic(case.r_k, is_batch=case.B > 1),
         {"num_stages": (2, 3, 4, 5), "compute": (1, 2), "programs": (132, 264)},
     ),
     ("pallas_triton", "prefill"): Kernel(

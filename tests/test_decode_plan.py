@@ -30,7 +30,7 @@ def check(plan, table, q_starts, kv_lens, adapter_ids, low_rank, T, sizes):
     limits = np.where((positions >= 0) & (positions < np.repeat(kv_lens, T)), positions + 1, 0)
     covered = [[] for _ in limits]
     made = [[] for _ in limits]
-    for (first, end), rows, parts, item_limits, readers, expanders in zip(*plan[:-1], strict=True):
+    for (first, end), rows, parts, item_limits, readers, expanders in zip(*plan[:6], strict=True):
         assert 0 <= first <= end <= W
         assert (rows[0] >= 0) == (first < end)
         leader = rows[0] // T
@@ -52,12 +52,23 @@ def check(plan, table, q_starts, kv_lens, adapter_ids, low_rank, T, sizes):
                 first_b = rows[other] // T
                 assert (low_rank[b, first:end] == low_rank[first_b, first:end]).all()
                 assert not same or adapter_ids[b] == adapter_ids[first_b]
+    check_lanes(plan, sizes)
     for row, limit in enumerate(limits):
         needed = -(-limit // p)
         assert sorted(covered[row])[:needed] == list(range(needed))
         assert len(set(covered[row])) == len(covered[row])
         assert limit or not covered[row]
         assert sorted(made[row]) == list(range(plan.num_parts[row]))
+
+
+def check_lanes(plan, sizes):
+    """All items in order, each in one lane, and no lane longer than its part of the whole, rounded up."""
+    lengths = -(-(plan.pages[:, 1] - plan.pages[:, 0]) // sizes.pages_per_block)
+    taken = [item for first, end in plan.lanes for item in range(first, end)]
+    assert taken == list(range((lengths > 0).sum()))
+    assert np.all(lengths[len(taken) :] == 0)
+    most = -(-lengths.sum() // len(plan.lanes))
+    assert all(lengths[first:end].sum() <= most for first, end in plan.lanes)
 
 
 def pages_read(plan) -> int:
@@ -122,6 +133,15 @@ def test_low_rank_pages_that_part_in_the_middle_are_told_apart_where_they_do():
     assert used.sum() >= 1
     for (first, end), readers in zip(plan.pages[used], plan.readers[used], strict=True):
         assert readers[1] == (0 if end <= 8 else 1), (first, end)
+
+
+def test_lanes_of_uneven_rows_are_even():
+    """Whole rows per program would take the longest row's time; a wave of pieces of one length would not come out."""
+    table = np.arange(5 * 64).reshape(5, 64)
+    lens = np.array([512, 8, 160, 24, 96])
+    plan = make(table, lens - 1, lens, programs=20, heads=2)
+    assert [plan.pages[first:end, 1].sum() - plan.pages[first:end, 0].sum() for first, end in plan.lanes] == [10] * 10
+    assert plan.num_parts.tolist() == [7, 1, 3, 1, 2]
 
 
 def test_queries_that_are_padding_are_in_no_item():

@@ -11,6 +11,7 @@ from attention_contract import BY_NAME, AttentionContract, Case, arguments, chec
 
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import PRODUCT_WIDTH, Shapes
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
@@ -65,8 +66,9 @@ class TestManyQueries(AttentionContract):
 def test_products_of_several_readers_fit_the_registers():
     for compute, r_v, readers in itertools.product((1, 2), range(8, 65, 8), range(1, 65)):
         shapes = Shapes(
-            T=1, K=1, G=1, H=128, p=64, R=readers, r_v=r_v, r_k=0, readers=readers, stages=2, compute=compute, scale=1.0
-        )
+            B=readers, T=1, K=1, G=1, H=128, p=64, R=readers, r_v=r_v, r_k=0, readers=readers, stages=2,
+            compute=compute, scale=1.0,
+        )  # fmt: skip
         assert shapes.joined in (1, 2, 4, 8, 16)
         assert shapes.joined * r_v <= max(PRODUCT_WIDTH // compute, r_v)
         assert shapes.joined < 2 * readers
@@ -76,9 +78,14 @@ def test_products_of_several_readers_fit_the_registers():
     not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
     reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
 )
-@pytest.mark.parametrize(("name", "p"), [("decode, A-groups on one prefix", 32), ("low-rank keys", 64)])
-def test_decode_interpreted_equals_the_oracle_without_races(name, p, capsys):
+@pytest.mark.parametrize(
+    ("name", "p", "compute"), [("decode, A-groups on one prefix", 32, 1), ("decode, A-groups on one prefix", 16, 2), ("low-rank keys", 64, 2)]
+)  # fmt: skip
+def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, monkeypatch, capsys):
+    """With two lanes: every program runs several items, one of them begins in the middle of a tile."""
     case = to_kernel(BY_NAME[name], p=p, H=64)
+    sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=2 * case.K)
+    monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
     args, keywords = arguments(make_inputs(case))
     with interpreted():
         got = lora_attention(*args, **keywords, return_lse=True, implementation="pallas_mosaic_gpu")

@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Int32
 from lragent_jax.kernels.lora_attention.arguments import PageTable
 
 MAX_DEPTH = 8  # nodes along a row's path; tables that branch more often are planned without sharing
-PROLOGUE_BLOCKS = 3  # what starting and ending an item costs, in blocks of keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +45,22 @@ class PlanSizes:
     def max_depth(self, B: int) -> int:
         return 1 if B == 1 else MAX_DEPTH
 
-    def max_splits(self, B: int, W: int) -> int:
-        """Into how many items all of the batch's work is cut, were it one node."""
-        wanted = -(-self.programs // self.heads) if B == 1 else -(-2 * self.programs // self.heads)
-        return max(1, min(wanted, B * -(-W // self.pages_per_block)))
+    def num_lanes(self, B: int) -> int:
+        """Rows of a batch take whole lanes: the device has all of them at once. One row has no other to wait for."""
+        return max(1, -(-self.programs // self.heads) if B == 1 else self.programs // self.heads)
 
     def max_parts(self, B: int, W: int) -> int:
-        """C: the most partial results that a row can have."""
-        return min(-(-self.programs // self.heads), -(-W // self.pages_per_block)) + self.max_depth(B)
+        """C: the most partial results that a row can have; a lane's ends cut any node of its path."""
+        depth = self.max_depth(B)
+        return min(self.num_lanes(B), -(-W // self.pages_per_block) + depth) + 2 * depth
 
     def max_tiles(self, B: int, T: int) -> int:
         """The most (node, group of R rows) pairs; plans that would need more are made without sharing."""
         return B * -(-T // self.rows_per_item) + (0 if B == 1 else B + -(-B * T // self.rows_per_item))
 
-    def max_items(self, B: int, T: int, W: int) -> int:
+    def max_items(self, B: int, T: int) -> int:
         """I: the most items."""
-        return self.max_tiles(B, T) + self.max_splits(B, W) - (1 if B == 1 else 0)
+        return self.max_tiles(B, T) + self.num_lanes(B) - 1
 
 
 class DecodePlan(NamedTuple):
@@ -74,6 +73,7 @@ class DecodePlan(NamedTuple):
     readers: Int32[Array, "I R"]  # first slot with the same low-rank pages in that range; −1: no row, or no adapter
     expanders: Int32[Array, "I R"]  # first slot with the same low-rank pages and the same adapter; −1 likewise
     num_parts: Int32[Array, " M"]  # of every row
+    lanes: Int32[Array, "lanes 2"]  # items [first, end) of every lane
 
 
 class Nodes(NamedTuple):
@@ -156,17 +156,51 @@ def first_equal(keys: Int32[Array, "I R"], valid: Bool[Array, "I R"]) -> Int32[A
     return jnp.where(valid, jnp.argmax(same, axis=-1), -1).astype(jnp.int32)
 
 
-def blocks_per_item(blocks, tiles, longest, sizes: PlanSizes, B: int, T: int, W: int) -> Int32[Array, ""]:
-    """The length of items that ends the whole soonest: whole waves of programs times an item's blocks."""
-    splits = jnp.arange(1, sizes.max_splits(B, W) + 1, dtype=jnp.int32)
-    total = jnp.sum(blocks * tiles)
-    whole = -(-W // sizes.pages_per_block)
-    least = -(-longest // (sizes.max_parts(B, W) - sizes.max_depth(B)))
-    lengths = jnp.append(jnp.maximum(-(-total // splits), jnp.maximum(least, 1)), jnp.int32(whole))
-    items = jnp.sum(tiles * -(-blocks // lengths[:, None]), axis=1)
-    waves = -(-items * sizes.heads // sizes.programs)
-    cost = waves * (lengths + PROLOGUE_BLOCKS)
-    return lengths[jnp.argmin(jnp.where(items <= sizes.max_items(B, T, W), cost, jnp.iinfo(jnp.int32).max))]
+class Items(NamedTuple):
+    """What lanes have of tiles, in order; `exists` where there is such an item."""
+
+    exists: Bool[Array, " I"]
+    node: Int32[Array, " I"]
+    tile: Int32[Array, " I"]  # of the node
+    part: Int32[Array, " I"]  # of the tile
+    first: Int32[Array, " I"]  # block of the node
+    end: Int32[Array, " I"]
+    lane: Int32[Array, " I"]
+    parts_of_tile: Int32[Array, " tiles"]  # of all nodes, one after the other
+    first_tile: Int32[Array, " n"]  # of every node
+
+
+def at_or_before(starts: Int32[Array, " n"], counts: Int32[Array, " n"], numbers: int):
+    """Of each number below `numbers`: which i has it in [starts[i], starts[i] + counts[i]), and whether one has."""
+    number = jnp.arange(numbers, dtype=jnp.int32)
+    index = jnp.sum(number[:, None] >= starts + counts, axis=1, dtype=jnp.int32)
+    return jnp.minimum(index, starts.shape[0] - 1), index < starts.shape[0]
+
+
+def cut(blocks: Int32[Array, " n"], tiles: Int32[Array, " n"], sizes: PlanSizes, B: int, T: int) -> Items:
+    """Lanes of one length through the blocks of all tiles, `tiles` of every node and `blocks` in each."""
+    first_tile = before(tiles)
+    node, exists = at_or_before(first_tile, tiles, sizes.max_tiles(B, T))
+    blocks_of_tile = jnp.where(exists, blocks[node], 0)
+    start = before(blocks_of_tile)
+    length = jnp.maximum(-(-jnp.sum(blocks_of_tile) // sizes.num_lanes(B)), 1)
+    first_lane = start // length
+    parts_of_tile = jnp.where(blocks_of_tile > 0, (start + blocks_of_tile - 1) // length - first_lane + 1, 0)
+    first_item = before(parts_of_tile)
+    tile, exists = at_or_before(first_item, parts_of_tile, sizes.max_items(B, T))
+    part = jnp.where(exists, jnp.arange(exists.shape[0], dtype=jnp.int32) - first_item[tile], 0)
+    lane = first_lane[tile] + part
+    return Items(
+        exists=exists,
+        node=node[tile],
+        tile=tile - first_tile[node[tile]],
+        part=part,
+        first=jnp.maximum(lane * length - start[tile], 0),
+        end=jnp.minimum((lane + 1) * length - start[tile], blocks_of_tile[tile]),
+        lane=jnp.where(exists, lane, sizes.num_lanes(B)),
+        parts_of_tile=parts_of_tile,
+        first_tile=first_tile,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("T", "page_size", "sizes"))
@@ -194,28 +228,21 @@ def plan_decode(
     rank = before(rows_of_node.astype(jnp.int32))  # which of its node's rows a row is, [n, M]
     tiles = -(-rows_of_node.sum(axis=1) // R)
     blocks = -(-(end - first) // sizes.pages_per_block)
-    longest = -(-num_pages.max() // sizes.pages_per_block)
-    length = blocks_per_item(blocks, tiles, longest, sizes, B, T, W)
+    items = cut(blocks, tiles, sizes, B, T)
+    node, exists = items.node, items.exists
+    item_first = jnp.where(exists, first[node] + items.first * sizes.pages_per_block, 0)
+    item_end = jnp.where(exists, jnp.minimum(first[node] + items.end * sizes.pages_per_block, end[node]), 0)
 
-    chunks = -(-blocks // length)
-    starts = before(tiles * chunks)  # a node's first item
-    item = jnp.arange(sizes.max_items(B, T, W), dtype=jnp.int32)
-    node = jnp.sum(item[:, None] >= (starts + tiles * chunks), axis=1)
-    exists, node = node < starts.shape[0], jnp.minimum(node, starts.shape[0] - 1)
-    tile, chunk = jnp.divmod(item - starts[node], jnp.maximum(chunks[node], 1))
-    pages = length * sizes.pages_per_block
-    item_first = jnp.where(exists, first[node] + chunk * pages, 0)
-    item_end = jnp.where(exists, jnp.minimum(item_first + pages, end[node]), 0)
-
-    slot = tile[:, None] * R + jnp.arange(R, dtype=jnp.int32)  # [I, R]: which of its node's rows
+    slot = items.tile[:, None] * R + jnp.arange(R, dtype=jnp.int32)  # [I, R]: which of its node's rows
     here = (rows_of_node[node] & exists[:, None])[:, None]
     here &= rank[node][:, None] == slot[..., None]  # [I, R, M]
     all_rows = jnp.arange(B * T, dtype=jnp.int32)
     rows = jnp.max(jnp.where(here, all_rows, -1), axis=-1)
-    own_chunks = jnp.where(rows_of_node, chunks[:, None], 0)  # [n, M]
-    offset = before(own_chunks.T).T[node]  # [I, M]: partial results from the row's earlier nodes
+    own_tile = jnp.minimum(items.first_tile[:, None] + rank // R, items.parts_of_tile.shape[0] - 1)
+    own_parts = jnp.where(rows_of_node, items.parts_of_tile[own_tile], 0)  # [n, M]
+    offset = before(own_parts.T).T[node]  # [I, M]: partial results from the row's earlier nodes
     there, index = rows >= 0, jnp.maximum(rows, 0)
-    parts = jnp.where(there, jnp.take_along_axis(offset, index, axis=1) + chunk[:, None], 0)
+    parts = jnp.where(there, jnp.take_along_axis(offset, index, axis=1) + items.part[:, None], 0)
     readers = expanders = jnp.full_like(rows, -1)
     if page_table.low_rank is not None and adapter_ids is not None:
         keys = low_rank_keys(page_table, adapter_ids != 0, num_pages, item_first, item_end)
@@ -230,5 +257,6 @@ def plan_decode(
         limits=jnp.where(there, limits.reshape(-1)[index], 0),
         readers=readers,
         expanders=expanders,
-        num_parts=own_chunks.sum(axis=0),
+        num_parts=own_parts.sum(axis=0),
+        lanes=jnp.sum(items.lane < jnp.arange(sizes.num_lanes(B))[:, None, None] + jnp.arange(2)[:, None], axis=-1),
     )

@@ -22,7 +22,7 @@ LOG2_E = math.log2(math.e)
 class BlockSizes:
     """num_stages: blocks of keys under way, less where memory is short. compute: warpgroups that compute, 1 or 2.
 
-    programs: items times kv heads that run at once, one per processor.
+    programs: lanes times kv heads, that run at once, one per processor.
     """
 
     num_stages: int
@@ -34,9 +34,14 @@ class BlockSizes:
             raise ValueError(f"{self}: num_stages must be at least 2, compute 1 or 2, programs at least 1")
 
 
-def heuristic(r_k: int) -> BlockSizes:
-    """With low-rank keys of rank r_k: rebuilding them takes two warpgroups, and else one keeps up with the memory."""
-    return BlockSizes(num_stages=3, compute=2) if r_k else BlockSizes(num_stages=2, compute=1)
+def heuristic(r_k: int, *, is_batch: bool) -> BlockSizes:
+    """With low-rank keys of rank r_k: rebuilding them takes two warpgroups, and else one keeps up with the memory.
+
+    Of one row a processor has two programs. Of several it has one, which is to have as much under way.
+    """
+    if r_k:
+        return BlockSizes(num_stages=3, compute=2)
+    return BlockSizes(num_stages=4 if is_batch else 2, compute=1)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "return_lse", "block_sizes", "interpret"))
@@ -63,10 +68,12 @@ def decode(
     if r_k and p < BLOCK_KV:
         raise NotImplementedError(f"page size {p} with low-rank keys: {BLOCK_KV} of one page are rebuilt at a time")
     block_sizes = (
-        block_sizes or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank) or heuristic(r_k)
+        block_sizes
+        or tuned_block_sizes("pallas_mosaic_gpu", "decode", BlockSizes, q, base, low_rank)
+        or heuristic(r_k, is_batch=B > 1)
     )
     shapes = Shapes(
-        T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),
+        B=B, T=T, K=K, G=G, H=H, p=p, R=min(BLOCK_Q // G, B * T),
         r_v=r_v, r_k=r_k, readers=min(BLOCK_Q // G, B),
         stages=block_sizes.num_stages, compute=block_sizes.compute, scale=sm_scale * LOG2_E,
         interpret=interpret,

@@ -1,9 +1,10 @@
 """Few queries per row against long caches, on Hopper: the keys split over the chip, then one merge that applies B.
 
-`stream` takes one item of a `DecodePlan` and one kv head: a memory warpgroup brings blocks of 64 keys in by TMA,
-several ahead; one or two compute warpgroups take them in turn, each with all 64 query rows (the item's rows, G heads
-each) under an online softmax of its own, with the low-rank accumulator beside the ordinary one, and join at the end.
-Split-KV after Flash-Decoding, the accumulators after LRAgent's Flash-LoRA-Attention (arXiv 2602.01053).
+A program of `stream` takes one lane of a `DecodePlan` and one kv head, item after item: a memory warpgroup brings
+blocks of 64 keys in by TMA, several ahead, the next item's while this one's are computed; one or two compute warpgroups
+take them in turn, each with all 64 query rows (the item's rows, G heads each) under an online softmax of its own, with
+the low-rank accumulator beside the ordinary one, and join at the item's end. Split-KV after Flash-Decoding, the
+accumulators after LRAgent's Flash-LoRA-Attention (arXiv 2602.01053).
 
 A partial result is a record in f32: o in lanes [0, H), and from lane max(H, 128) on o_lr, then m, then l.
 """
@@ -20,7 +21,7 @@ from jaxtyping import Array, Int32
 from lragent_jax.kernels.lora_attention.arguments import LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import attend, finish, hand_over, join
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import bring
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import bring, drain
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_Q, Shapes, scratch
 
 
@@ -65,32 +66,59 @@ def interpreter(interpret: bool) -> dict:
     return {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
 
 
-def stream_kernel(refs, shapes: Shapes):
-    """One item and kv head; see the module."""
-    item, head, warpgroup = lax.axis_index("item"), lax.axis_index("head"), lax.axis_index("warpgroup")
-    first, end = refs.meta[item, 0], refs.meta[item, 1]
+def items_of_lane(refs, lane, shapes: Shapes, run, end=lambda num_blocks: None) -> None:
+    """run(item, its columns, its blocks, the lane's blocks before it) for every item of the lane, then end(its blocks).
 
-    @pl.when(first < end)
-    def _():
+    The kernel's buffers and barriers count the lane's blocks, not the item's: nothing starts anew where an item does.
+    """
+
+    def one(item, before):
+        first, end = refs.meta[item, 0], refs.meta[item, 1]
         per_block = jnp.int32(shapes.pages_per_block)
         num_blocks = lax.div(end - first + per_block - 1, per_block) * shapes.blocks_per_page
+        run(item, (first, end), num_blocks, before)
+        return before + num_blocks
 
-        @pl.when(warpgroup == shapes.compute)
-        def _():
-            if shapes.compute == 2:
-                plgpu.set_max_registers(56, action="decrease")
-            bring(refs, item, head, (first, end), num_blocks, shapes)
+    if not shapes.one_item:
+        end(lax.fori_loop(refs.lanes[lane, 0], refs.lanes[lane, 1], one, jnp.int32(0)))
+        return
 
-        @pl.when(warpgroup < shapes.compute)
-        def _():
-            if shapes.compute == 2:
-                plgpu.set_max_registers(224, action="increase")
-            state = attend(refs, item, (first, end), num_blocks, warpgroup, shapes)
+    @pl.when(refs.meta[lane, 0] < refs.meta[lane, 1])
+    def _():
+        one(lane, jnp.int32(0))
+
+
+def stream_kernel(refs, shapes: Shapes):
+    """One lane and kv head; see the module."""
+    lane, head, warpgroup = lax.axis_index("lane"), lax.axis_index("head"), lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == shapes.compute)
+    def _():
+        if shapes.compute == 2:
+            plgpu.set_max_registers(56, action="decrease")
+        items_of_lane(
+            refs, lane, shapes, lambda *item: bring(refs, head, *item, shapes), lambda n: drain(refs, n, shapes)
+        )
+
+    @pl.when(warpgroup < shapes.compute)
+    def _():
+        if shapes.compute == 2:
+            plgpu.set_max_registers(224, action="increase")
+
+        def compute(item, span, num_blocks, before):
+            state = attend(refs, item, span, num_blocks, before, warpgroup, shapes)
             if shapes.compute == 1:
                 finish(refs, item, head, state, shapes)
             else:
-                pl.when(warpgroup == 1)(lambda: hand_over(refs, state))
+                pl.when(warpgroup == 1)(lambda: hand_over(refs, state, before, shapes))
                 pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
+
+        def end(num_blocks):
+            if shapes.compute == 2 and not shapes.one_at_a_time:
+                pl.when((warpgroup == 1) & (num_blocks > 0))(lambda: plgpu.barrier_wait(refs.result_gone))
+
+        items_of_lane(refs, lane, shapes, compute, end)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def stream(
@@ -98,7 +126,7 @@ def stream(
     *, rope, shapes: Shapes, parts: int,
 ):  # fmt: skip
     """Partial results f32[rows, C, K, G, record] of q [rows, K, G, H]; what no item made is left as it was."""
-    s, items = shapes, plan.pages.shape[0]
+    s = shapes
     end = plan.pages[:, 1] * s.p
     there = plan.rows >= 0
     lowest = jnp.min(jnp.where(there, plan.limits, jnp.iinfo(jnp.int32).max), axis=1)
@@ -111,6 +139,7 @@ def stream(
         jnp.minimum(highest, end),
     ]
     inputs = {
+        "lanes": plan.lanes,
         "meta": jnp.stack(meta, axis=1),
         "rows": plan.rows,
         "parts": plan.parts,
@@ -131,8 +160,9 @@ def stream(
         inputs |= {f"expanders.{k}": v for k, v in expanders._asdict().items()}
 
     def body(*args, **buffers):
-        buffers["q_smem"], buffers["o_smem"] = buffers.pop("queries_or_result")
         named = dict(zip(inputs, args, strict=False))
+        if "queries_or_result" in buffers:
+            buffers["q_smem"], buffers["o_smem"] = buffers.pop("queries_or_result")
         groups = {}
         for name in [name for name in named if "." in name]:
             group, field = name.split(".")
@@ -149,8 +179,8 @@ def stream(
         body,
         out_type=jax.ShapeDtypeStruct((rows, parts, s.K, s.G, s.record), jnp.float32),
         scratch_types=scratch(s, q.dtype),
-        grid=(s.K, items),
-        grid_names=("head", "item"),
+        grid=(s.K, plan.lanes.shape[0]),
+        grid_names=("head", "lane"),
         num_threads=s.compute + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -35,8 +35,8 @@ class State(NamedTuple):
     l: Float[Array, " 64"]  # noqa: E741 (the name that the flash attention papers give it)
 
 
-def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
-    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn."""
+def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> State:
+    """A compute warpgroup: 64 query rows over the blocks of the item that are its turn, `before` of the lane's gone."""
     H, r, width = shapes.H, shapes.r_v, shapes.joined * shapes.r_v
     start, full_end, held_end = span[0] * shapes.p, refs.meta[item, 3], refs.meta[item, 4]
     limits = load(refs.limits.at[item], PER_ROW, optimized=False)
@@ -50,12 +50,17 @@ def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
     else:
         plgpu.barrier_wait(refs.q_ready)
         q = load(refs.q_smem, WGMMA, optimized=False)
-    plgpu.barrier_arrive(refs.q_read)
+        if not shapes.one_item:
+            plgpu.commit_smem()  # or the copy engine might overtake this read with the next item's queries
+    if not shapes.one_at_a_time:
+        plgpu.barrier_arrive(refs.q_read)
+    turn = jnp.int32(shapes.compute)
+    own = lax.rem(warpgroup + turn - lax.rem(before, turn), turn)  # the first block that is the warpgroup's turn
 
     def block(i, state: State, masked: bool) -> State:
-        j = shapes.compute * i + warpgroup
+        j = before + own + turn * i
         stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
-        position = start + j * BLOCK_KV
+        position = start + (own + turn * i) * BLOCK_KV
         plgpu.barrier_wait(refs.kv_ready.at[ready])
         k, v = refs.kv_smem.at[stage, :, pl.ds(0, H)], refs.kv_smem.at[stage, :, pl.ds(H, H)]
         if shapes.r_k:
@@ -75,6 +80,8 @@ def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
         o_lr = None
         if r:
             o_lr = read_low_rank(state.o_lr * over_lanes(rescale, width), probs, j, position, masked)
+        if shapes.interpret:  # products read there as loads do
+            plgpu.commit_smem()
         plgpu.barrier_arrive(refs.read.at[stage])
         return State(o, o_lr, m, sums)
 
@@ -100,8 +107,7 @@ def attend(refs, item, span, num_blocks, warpgroup, shapes: Shapes) -> State:
     o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
     state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
     unmasked = jnp.clip(lax.div(full_end - start, jnp.int32(BLOCK_KV)), 0, num_blocks)
-    turn = jnp.int32(shapes.compute)
-    unmasked, turns = (lax.div(n - warpgroup + turn - 1, turn) for n in (unmasked, num_blocks))
+    unmasked, turns = (lax.div(n - own + turn - 1, turn) for n in (unmasked, num_blocks))
     state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
     state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
     return state._replace(o_lr=own_lanes(state.o_lr, reader_of_row, shapes)) if r else state
@@ -117,9 +123,12 @@ def own_lanes(o_lr, reader_of_row, shapes: Shapes):
     return functools.reduce(jnp.add, parts)
 
 
-def hand_over(refs, state: State):
-    """The second compute warpgroup leaves its result to the first, where the queries were."""
-    plgpu.barrier_wait(refs.q_read)
+def hand_over(refs, state: State, before, shapes: Shapes):
+    """The second compute warpgroup leaves its result to the first, where the queries were or the result before."""
+    if shapes.one_item:
+        plgpu.barrier_wait(refs.q_read)
+    elif not shapes.one_at_a_time:
+        pl.when(before > 0)(lambda: plgpu.barrier_wait(refs.result_gone))
     refs.o_smem[...] = state.o
     if state.o_lr is not None:
         refs.aux_smem[:, pl.ds(0, state.o_lr.shape[1])] = state.o_lr
@@ -146,6 +155,8 @@ def join(refs, state: State) -> State:
 def finish(refs, item, head, state: State, shapes: Shapes):
     """Writes every row's record."""
     r = shapes.r_v
+    if not shapes.tells_of_results:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result of the item before, if there is one
     refs.o_smem[...] = state.o
     if state.o_lr is not None:
         refs.aux_smem[:, pl.ds(0, r)] = state.o_lr
@@ -162,7 +173,9 @@ def finish(refs, item, head, state: State, shapes: Shapes):
             plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, shapes.H)])
             plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], aux)
 
-    plgpu.wait_smem_to_gmem(0)
+    if shapes.tells_of_results:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.result_gone)
 
 
 def own_scores(refs, q, stage, j, item, warpgroup, shapes: Shapes):

@@ -33,23 +33,26 @@ def first_slot(j, shapes: Shapes):
 
 
 def low_rank_block(j, product, products: int, shapes: Shapes):
-    """Which of the stages' low-rank buffers holds what product number `product` of block j reads."""
+    """Which of the stages' low-rank buffers holds what product number `product` of the lane's block j reads."""
     return lax.rem(j, jnp.int32(shapes.stages)) * products + product
 
 
 def with_barrier(ready, j, product, products: int, shapes: Shapes, use) -> None:
-    """use(the barrier that tells of such a buffer): of the warpgroup's whose turn block j is."""
+    """use(the barrier that tells of such a buffer): of the warpgroup's whose turn the lane's block j is."""
     turn, own = lax.div(j, jnp.int32(shapes.compute)), lax.rem(j, jnp.int32(shapes.compute))
     index = lax.rem(turn, jnp.int32(shapes.stages)) * products + product
     for warpgroup, barriers in enumerate(ready):
         pl.when(own == warpgroup)(lambda barriers=barriers: use(barriers.at[index]))
 
 
-def bring(refs, item, head, span, num_blocks, shapes: Shapes):
+def bring(refs, head, item, span, num_blocks, before, shapes: Shapes):
     """The memory warpgroup: the item's queries, then block after block into the stage that was read longest ago.
 
+    `before` blocks of the lane have gone through the stages already; block j of the item is the lane's (before + j)-th.
     Page ids are looked up a block ahead, so that what a lookup takes is over when its turn comes.
     """
+    if not shapes.one_item:
+        pl.when(before > 0)(lambda: plgpu.barrier_wait(queries_read(refs, shapes)))
     for slot in range(shapes.R):
         row = jnp.maximum(refs.rows[item, slot], 0)
         plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
@@ -69,8 +72,9 @@ def bring(refs, item, head, span, num_blocks, shapes: Shapes):
 
     def step(j, pages):
         base, low_rank_pages = pages
-        stage, ready = lax.rem(j, jnp.int32(shapes.stages)), lax.rem(j, jnp.int32(shapes.ready))
-        pl.when(j >= shapes.stages)(lambda: plgpu.barrier_wait(refs.read.at[stage]))
+        turn = before + j
+        stage, ready = lax.rem(turn, jnp.int32(shapes.stages)), lax.rem(turn, jnp.int32(shapes.ready))
+        pl.when(turn >= shapes.stages)(lambda: plgpu.barrier_wait(refs.read.at[stage]))
         for i, page in enumerate(base):
             kv = refs.kv_smem.at[stage, pl.ds(i * shapes.page_slots, shapes.page_slots)]
             slots = refs.base.at[page, head, pl.ds(first_slot(j, shapes), shapes.page_slots)]
@@ -80,10 +84,26 @@ def bring(refs, item, head, span, num_blocks, shapes: Shapes):
             angles = refs.rope.at[pl.ds(position, BLOCK_KV)]
             plgpu.copy_gmem_to_smem(angles, refs.rope_smem.at[stage], refs.kv_ready.at[ready])
         for feed, own in zip(low_rank, low_rank_pages, strict=True):
-            feed.bring(item, j, span, own, shapes)
+            feed.bring(item, j, turn, span, own, shapes)
         return look_up(j + 1)
 
     lax.fori_loop(0, num_blocks, step, look_up(jnp.int32(0)))
+
+
+def queries_read(refs, shapes: Shapes):
+    """The barrier that tells when the next item's queries may come."""
+    return refs.result_gone if shapes.one_at_a_time else refs.q_read
+
+
+def drain(refs, num_blocks, shapes: Shapes):
+    """Waits until the last of the lane's blocks and queries are read: no barrier is left with a phase to come."""
+    pl.when(num_blocks > 0)(lambda: plgpu.barrier_wait(queries_read(refs, shapes)))
+
+    def one(j, _):
+        plgpu.barrier_wait(refs.read.at[lax.rem(j, jnp.int32(shapes.stages))])
+        return
+
+    lax.fori_loop(jnp.maximum(num_blocks - shapes.stages, 0), num_blocks, one, None)
 
 
 def bring_expansion(refs, item, head):
@@ -137,25 +157,25 @@ class LowRankFeed:
         tables = [self.refs.low_rank_table.at[row] for row in rows]
         return [[page_of_block(j, span, table, shapes, i) for i in range(shapes.pages_per_block)] for table in tables]
 
-    def bring(self, item, j, span, pages: list[list], shapes: Shapes) -> None:
-        """Block j of all readers; `pages` are those of the first of them."""
+    def bring(self, item, j, turn, span, pages: list[list], shapes: Shapes) -> None:
+        """Block j of all readers, the lane's block number `turn`; `pages` are those of the first of them."""
         count, ahead = self.readers.count[item], len(pages)
         for first in range(0, ahead, self.joined):
-            self._copy(jnp.int32(first), count, j, pages[first : first + self.joined], shapes)
+            self._copy(jnp.int32(first), count, j, turn, pages[first : first + self.joined], shapes)
         if shapes.readers <= ahead:
             return
         together = max(TOGETHER, self.joined)
 
-        def some(turn, _):
-            start = ahead + turn * together
+        def some(i, _):
+            start = ahead + i * together
             looked_up = self.look_up(self.rows_of(item, start, together, shapes), j, span, shapes)
             for n in range(0, together, self.joined):
-                self._copy(start + n, count, j, looked_up[n : n + self.joined], shapes)
+                self._copy(start + n, count, j, turn, looked_up[n : n + self.joined], shapes)
             return
 
         lax.fori_loop(0, lax.div(jnp.maximum(count - ahead, 0) + together - 1, jnp.int32(together)), some, None)
 
-    def _copy(self, first, count, j, pages: list[list], shapes: Shapes) -> None:
+    def _copy(self, first, count, j, turn, pages: list[list], shapes: Shapes) -> None:
         """Blocks of the readers from `first` on into their buffer.
 
         Of the readers that are not there only a sign comes where there is one buffer: nobody's lanes are theirs. Of
@@ -164,10 +184,10 @@ class LowRankFeed:
         """
         products, rank = -(-shapes.readers // self.joined), self.pool.shape[1]
         product = lax.div(first, jnp.int32(self.joined))
-        buffer = self.smem.at[low_rank_block(j, product, products, shapes)]
+        buffer = self.smem.at[low_rank_block(turn, product, products, shapes)]
 
         def tell(use) -> None:
-            with_barrier(self.ready, j, product, products, shapes, use)
+            with_barrier(self.ready, turn, product, products, shapes, use)
 
         def bring_one(n: int) -> None:
             for i, page in enumerate(pages[n]):

@@ -16,6 +16,7 @@ PRODUCT_WIDTH = 128  # lanes of o_lr while streaming, all warpgroups' together: 
 class Shapes:
     """What `stream` is compiled for."""
 
+    B: int
     T: int
     K: int
     G: int
@@ -29,6 +30,21 @@ class Shapes:
     compute: int  # warpgroups that compute
     scale: float  # of scores, for base 2
     interpret: bool = False
+
+    @property
+    def one_item(self) -> bool:
+        """Whether no lane has more items than one: then a program is for that item alone."""
+        return self.B == 1 and self.T <= self.R
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether an item's queries come when the one before is over: for rebuilding keys they stay to its end."""
+        return bool(self.r_k) and not self.one_item
+
+    @property
+    def tells_of_results(self) -> bool:
+        """Whether others than the warpgroup that writes results wait until they are gone."""
+        return self.one_at_a_time or (self.compute == 2 and not self.one_item)
 
     @property
     def ready(self) -> int:
@@ -67,6 +83,8 @@ class Shapes:
     def smem_bytes(self) -> int:
         """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
         item = BLOCK_Q * 4 * (self.H + self.aux_width) + 4096
+        if not (self.one_item or self.one_at_a_time):
+            item += BLOCK_Q * 2 * self.H  # the next item's queries come before this one's result has gone
         low_rank = self.products * self.joined * self.r_v + self.readers * self.r_k
         stage = BLOCK_KV * 2 * (2 * self.H + low_rank)
         if self.r_k:
@@ -116,16 +134,20 @@ def scratch(s: Shapes, dtype) -> dict:
     q_smem, o_smem = plgpu.SMEM((BLOCK_Q, s.H), dtype), plgpu.SMEM((BLOCK_Q, s.H), jnp.float32)
     buffers = {
         "kv_smem": tiled(s.stages, BLOCK_KV, 2 * s.H, dtype=dtype, swizzle=swizzle),
-        "queries_or_result": plgpu.RefUnion(q_smem, o_smem),  # the queries are done with when the result is there
         "aux_smem": plgpu.SMEM((BLOCK_Q, s.aux_width), jnp.float32),
         "m_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
         "l_smem": plgpu.SMEM((BLOCK_Q,), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=s.R),
         "q_read": plgpu.Barrier(num_arrivals=s.compute),
         "handed_over": plgpu.Barrier(),
+        "result_gone": plgpu.Barrier(),
         "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block + bool(s.r_k), num_barriers=s.ready),
         "read": plgpu.Barrier(num_barriers=s.stages),
     }
+    if s.one_item or s.one_at_a_time:  # the queries are done with when the result is there
+        buffers["queries_or_result"] = plgpu.RefUnion(q_smem, o_smem)
+    else:
+        buffers |= {"q_smem": q_smem, "o_smem": o_smem}
     if s.r_v:
         count, rows = s.stages * s.products, s.joined * s.r_v
         swizzled = tiled(count, s.pages_per_block, rows, s.page_slots, dtype=dtype, swizzle=2 * s.page_slots)

@@ -63,6 +63,24 @@ class TestManyQueries(AttentionContract):
         return to_kernel(case, p=64, H=128)
 
 
+@on_hopper
+class TestFewPrograms(AttentionContract):
+    """Programs of decode that run many items each."""
+
+    implementation = "pallas_mosaic_gpu"
+
+    @pytest.fixture(autouse=True)
+    def _few_programs(self, monkeypatch):
+        decode.decode.clear_cache()  # what it compiled with other block sizes
+        heuristic = decode.heuristic
+        monkeypatch.setattr(
+            decode, "heuristic", lambda *args, **keywords: dataclasses.replace(heuristic(*args, **keywords), programs=4)
+        )
+
+    def adapt(self, case):
+        return to_kernel(case, p=64, H=128)
+
+
 def test_products_of_several_readers_fit_the_registers():
     for compute, r_v, readers in itertools.product((1, 2), range(8, 65, 8), range(1, 65)):
         shapes = Shapes(
@@ -74,18 +92,20 @@ def test_products_of_several_readers_fit_the_registers():
         assert shapes.joined < 2 * readers
 
 
+A_GROUPS = "decode, A-groups on one prefix"
+
+
 @pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
     reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
 )
-@pytest.mark.parametrize(
-    ("name", "p", "compute"), [("decode, A-groups on one prefix", 32, 1), ("decode, A-groups on one prefix", 16, 2), ("low-rank keys", 64, 2)]
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "p", "compute"), [(A_GROUPS, 32, 1), (A_GROUPS, 16, 2), ("low-rank keys", 64, 2)])
 def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, monkeypatch, capsys):
     """With two lanes: every program runs several items, one of them begins in the middle of a tile."""
     case = to_kernel(BY_NAME[name], p=p, H=64)
     sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=2 * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
+    decode.decode.clear_cache()
     args, keywords = arguments(make_inputs(case))
     with interpreted():
         got = lora_attention(*args, **keywords, return_lse=True, implementation="pallas_mosaic_gpu")

@@ -26,6 +26,7 @@ THREADS = 128
 MAX_VECTOR = 8  # 16-bit numbers that a thread loads at once
 MAX_HEADS = 8  # of a block
 MOST_TOKENS = 2**20  # of one call; more are left to others
+RANKS_AT_ONCE = 8  # rows of a B that are under way before the first is multiplied
 FEW_TOKENS = 256  # up to here every block of heads is a program of its own: waiting times overlap
 
 # JAX 0.10 asks for an index beside the reference, 0.12 takes none.
@@ -102,12 +103,15 @@ def rotated(x: list[jax.Array], angles) -> tuple[jax.Array, jax.Array]:
 
 def expanded(s: Shapes, expansion: Expansion, dtype, token, first_head) -> list[jax.Array]:
     """(X A) B of a token, of a block of heads, as the halves of q: summed in f32, rounded to `dtype`."""
-    adapter = expansion.adapter_ids[token]
-    products = []
-    for i in range(expansion.low_rank.shape[1]):
-        number = expansion.low_rank[token, i].astype(jnp.float32)
-        products.append([number * x for x in s.halves(expansion.lora_b.at[adapter], i, first_head)])
-    return [functools.reduce(jnp.add, half).astype(dtype).astype(jnp.float32) for half in zip(*products, strict=True)]
+    adapter, rank, total = expansion.adapter_ids[token], expansion.low_rank.shape[1], []
+    for first in range(0, rank, RANKS_AT_ONCE):
+        ranks = range(first, min(first + RANKS_AT_ONCE, rank))
+        matrix = [s.halves(expansion.lora_b.at[adapter], i, first_head) for i in ranks]
+        numbers = [expansion.low_rank[token, i].astype(jnp.float32) for i in ranks]
+        for number, halves in zip(numbers, matrix, strict=True):
+            products = [number * half for half in halves]
+            total = [x + y for x, y in zip(total, products, strict=True)] if total else products
+    return [half.astype(dtype).astype(jnp.float32) for half in total]
 
 
 def rotate_queries(s: Shapes, inputs: Inputs, q_out, token, blocks) -> Callable[[], None]:

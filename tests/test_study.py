@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import weakref
 
+import jax
 import numpy as np
 import pytest
 import text_models
@@ -305,3 +307,29 @@ def test_results_of_several_devices_become_one_study(tmp_path):
     assert Results(tmp_path / "e.json").cells("episodes") == whole.cells("episodes")
     with pytest.raises(SystemExit, match=r"no file .*missing\.json"):
         script.main(["--out", str(tmp_path / "f.json"), "--merge", str(tmp_path / "missing.json")])
+
+
+def test_no_engine_is_left_when_the_next_is_made(bench, tmp_path, monkeypatch, quick_measures):
+    """Two would not fit the device; nor do a sensitivity's passes and an engine."""
+    left: list[weakref.ref] = []
+    make, run, drift = bench._make, study_module.run_cell, study_module.layer_drift
+
+    def alone(function):
+        def checking(*args, **options):
+            assert [ref() for ref in left if ref() is not None] == []
+            return function(*args, **options)
+
+        return checking
+
+    def noting(cell, engine, *args):
+        result = run(cell, engine, *args)
+        left.extend(map(weakref.ref, (engine, *jax.tree.leaves(engine._cache.arrays))))
+        return result
+
+    monkeypatch.setattr(bench, "_make", alone(make))
+    monkeypatch.setattr(study_module, "run_cell", noting)
+    monkeypatch.setattr(study_module, "layer_drift", alone(drift))
+    bench.release()
+    assert Study(bench, [SHARED, APART], Results(tmp_path / "r.json"), SCALE, modes=["full", "droidspeak"]).run()
+    assert len(left) > 4
+    assert all(ref() is None for ref in left)

@@ -18,7 +18,7 @@ from lragent_jax.study.agent_set import AgentSet, with_stacked
 from lragent_jax.study.deadline import Deadline, expected_seconds
 from lragent_jax.study.episode_run import run_cell
 from lragent_jax.study.oracle_recordings import oracle_recordings
-from lragent_jax.study.plan import STUDY_PARTS, Scale, StudyPart, episode_cells, modes_of
+from lragent_jax.study.plan import STUDY_PARTS, EpisodeCell, Scale, StudyPart, episode_cells, modes_of
 from lragent_jax.study.results import Results
 from lragent_jax.study.similarity import value_similarity
 from lragent_jax.study.teacher_forcing import run_block
@@ -85,14 +85,17 @@ class Study:
             like = {"mode": cell.mode, "tokens": cell.tokens, "number": cell.num_questions}
             if not self._allows("episodes", [like]):
                 return False
-            layers = self._layers(cell.agents, cell.mode)
-            progress = self._labelled(cell.key, done, total)
-            with self._timed("episodes", [cell.mode]) as spent:
-                engine = self._bench.engine(cell.agents, cell.mode, layers)
-                result = run_cell(cell, engine, self._bench.batch_size(cell.tokens), progress)
-            self._results.add("episodes", {cell.key: result | spent})
+            self._results.add("episodes", {cell.key: self._episode_cell(cell, self._labelled(cell.key, done, total))})
             done += cell.num_questions
         return True
+
+    def _episode_cell(self, cell: EpisodeCell, progress: Progress) -> dict[str, Any]:
+        """A cell's result. No engine outlives this call but the workbench's: beside it, the next would not fit."""
+        layers = self._layers(cell.agents, cell.mode)
+        with self._timed("episodes", [cell.mode]) as spent:
+            engine = self._bench.engine(cell.agents, cell.mode, layers)
+            result = run_cell(cell, engine, self._bench.batch_size(cell.tokens), progress)
+        return result | spent
 
     def _kl(self) -> bool:
         for sample in self._scale.kl:

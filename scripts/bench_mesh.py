@@ -4,6 +4,8 @@ Regime: random weights with the shapes of Llama-3.1-8B, bfloat16, adapters of ra
 trajectory, greedy decoding. A decode step is what lies between two tokens of a call of the engine, host included; the
 median over `--repeats` calls. The engine over one device comes first and is gone before the next is made. An
 all-reduce's time is that of its kernel on the device that came to it last: what the others take longer is waiting.
+XLA's own kernels for small ones are named after what XLA fused, so the operation that a kernel belongs to counts, too.
+A trace without any says nothing about their share, and neither does this script then.
 
 Two comparisons of tokens: of a few layers in float32, generated ones, up to the first whose two best scores lie within
 1e-3 of each other (from there on either may come); of the whole model in bfloat16, the best token behind every token of
@@ -14,6 +16,7 @@ standard output is one line of JSON.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import re
@@ -30,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lragent_jax import generation
 from lragent_jax.devices import Devices
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import random_adapter
@@ -43,6 +47,8 @@ MARGIN = {"float32": 1e-3, "bfloat16": 0.05}
 """Between the two best scores; closer ones may change places."""
 
 AGENTS = ("plan", "action", "reflect")
+
+NOT_SEEN = "not seen in the trace"
 
 
 class Setting(NamedTuple):
@@ -95,15 +101,19 @@ def decode(engine: Engine, trajectory: Trajectory, count: int) -> tuple[list[int
 
 
 class Kernel(NamedTuple):
-    """One kernel that the profiler saw on one device."""
+    """One kernel or copy that the profiler saw on one device, and the operation it belongs to ("" if unknown)."""
 
     name: str
     start_ns: float
     duration_ns: float
+    operation: str = ""
 
 
-def is_all_reduce(name: str) -> bool:
-    return re.search(r"all[-_]?reduce", name, re.IGNORECASE) is not None
+def is_all_reduce(kernel: Kernel) -> bool:
+    """Whether it is one by its own name, as NCCL's kernels are, or by its operation's; what it copies is no kernel."""
+    if re.match("mem(cpy|set)", kernel.name, re.IGNORECASE):
+        return False
+    return re.search(r"all[-_]?reduce", f"{kernel.name} {kernel.operation}", re.IGNORECASE) is not None
 
 
 def all_reduce_ms(devices: Iterable[list[Kernel]]) -> tuple[float, float, int]:
@@ -113,7 +123,7 @@ def all_reduce_ms(devices: Iterable[list[Kernel]]) -> tuple[float, float, int]:
     """
     per_device = [
         [kernel.duration_ns for kernel in sorted(kernels, key=lambda kernel: kernel.start_ns)
-         if is_all_reduce(kernel.name)]
+         if is_all_reduce(kernel)]
         for kernels in devices
     ]  # fmt: skip
     if not per_device or not per_device[0]:
@@ -133,9 +143,36 @@ def traced(engine: Engine, trajectory: Trajectory, count: int) -> list[list[Kern
         data = jax.profiler.ProfileData.from_serialized_xspace(file.read_bytes())
     planes = [plane for plane in data.planes if re.match(r"/device:[GT]PU:\d+", plane.name)]
     return [
-        [Kernel(event.name, event.start_ns, event.duration_ns)
+        [Kernel(event.name, event.start_ns, event.duration_ns,
+                next((str(value) for name, value in event.stats if name == "hlo_op"), ""))
          for line in plane.lines if line.name.startswith("Stream") for event in line.events]
         for plane in planes
+    ]  # fmt: skip
+
+
+def of_a_step(short: list[list[Kernel]], long: list[list[Kernel]], num_steps: int) -> dict[str, Any]:
+    """What a decode step runs: two traces of calls of which the longer has `num_steps` steps more.
+
+    The first token of a call is sampled behind its prefill, whose all-reduces are in both.
+    """
+    waiting, kernels, count = (
+        (b - a) / num_steps for a, b in zip(all_reduce_ms(short), all_reduce_ms(long), strict=True)
+    )
+    seen = count > 0
+    return {
+        "all_reduce_ms": waiting if seen else None,
+        "all_reduce_kernel_ms": kernels if seen else None,
+        "all_reduces": round(count, 2) if seen else NOT_SEEN,
+        "kernels": [(len(b) - len(a)) / num_steps for a, b in zip(short, long, strict=True)],
+    }
+
+
+def most_frequent(devices: list[list[Kernel]]) -> list[list[tuple[str, str, int]]]:
+    """(kernel, operation, how often) of every device, the most frequent first: to look where nothing was found."""
+    return [
+        [(name[:60], operation[:40], count) for (name, operation), count
+         in collections.Counter((kernel.name, kernel.operation) for kernel in kernels).most_common(12)]
+        for kernels in devices
     ]  # fmt: skip
 
 
@@ -148,11 +185,10 @@ def measure(engine: Engine, setting: Setting, trace: bool) -> dict[str, Any]:
             steps = [decode(engine, trajectory, setting.decoded)[1] for _ in range(setting.repeats)]
             result: dict[str, Any] = {"step_ms": statistics.median(steps)}
             if trace:
-                # The first token of a call is sampled behind its prefill, whose all-reduces are in the trace as well.
-                short = all_reduce_ms(traced(engine, trajectory, 2))
-                long = all_reduce_ms(traced(engine, trajectory, setting.decoded))
-                waiting, kernels, count = ((b - a) / (setting.decoded - 2) for a, b in zip(short, long, strict=True))
-                result |= {"all_reduce_ms": waiting, "all_reduce_kernel_ms": kernels, "all_reduces": round(count, 2)}
+                short, long = (traced(engine, trajectory, count) for count in (2, setting.decoded))
+                result |= of_a_step(short, long, setting.decoded - 2)
+                if result["all_reduces"] == NOT_SEEN:
+                    print(f"no all-reduces in a step; kernels: {most_frequent(long)}", file=sys.stderr, flush=True)
             results[str(length)] = result
     return results
 
@@ -220,6 +256,10 @@ def check_in_float32(setting: Setting, layers: int, devices: int) -> dict[str, A
     return compare_generated(*runs)
 
 
+def all_reduce_share(row: dict[str, Any]) -> float | str:
+    return NOT_SEEN if row["all_reduce_ms"] is None else row["all_reduce_ms"] / row["step_ms"]
+
+
 def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
     started = time.perf_counter()
     tokens = {}
@@ -245,7 +285,7 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
         contexts[length] = {
             "one_ms": one, "several_ms": several["step_ms"], "ratio": several["step_ms"] / one,
             **{name: value for name, value in several.items() if name != "step_ms"},
-            "all_reduce_share": several["all_reduce_ms"] / several["step_ms"],
+            "all_reduce_share": all_reduce_share(several),
         }  # fmt: skip
     return {"devices": devices, "contexts": contexts, "tokens": tokens, "seconds": time.perf_counter() - started}
 
@@ -259,12 +299,15 @@ def show(report: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for length, row in report["contexts"].items():
         verdict = f"{row['ratio']:.3f}" + ("" if row["ratio"] <= ASKED_RATIO else " missed")
-        waiting = row["all_reduce_kernel_ms"] - row["all_reduce_ms"]
+        if row["all_reduce_ms"] is None:
+            all_reduces = (NOT_SEEN, "", "", "")
+        else:
+            waiting = row["all_reduce_kernel_ms"] - row["all_reduce_ms"]
+            all_reduces = (f"{row['all_reduces']:.0f}", f"{row['all_reduce_ms']:.3f}", f"{waiting:.3f}",
+                           f"{row['all_reduce_share']:.1%}")  # fmt: skip
         table.add_row(
-            length, f"{row['one_ms']:.3f}", f"{row['several_ms']:.3f}", verdict, f"<= {ASKED_RATIO:.2f}",
-            f"{row['all_reduces']:.0f}", f"{row['all_reduce_ms']:.3f}", f"{waiting:.3f}",
-            f"{row['all_reduce_share']:.1%}",
-        )  # fmt: skip
+            length, f"{row['one_ms']:.3f}", f"{row['several_ms']:.3f}", verdict, f"<= {ASKED_RATIO:.2f}", *all_reduces
+        )
     for dtype, row in report["tokens"].items():
         said = "the same" if row["equal"] else "DIFFERENT"
         table.add_row(
@@ -277,6 +320,13 @@ def show(report: dict[str, Any]) -> None:
             f"scores differ by {row['max_difference']:.1e}",
         )
     Console(width=140).print(table)
+
+
+def compiler_option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
 
 
 def main() -> None:
@@ -293,17 +343,27 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=128, help="a pool of few pages has one width of page tables")
     parser.add_argument("--implementation", help="of attention; the first that fits by default")
     parser.add_argument("--check-layers", type=int, default=2, help="of the comparison in float32; 0: none")
+    parser.add_argument(
+        "--compiler-option",
+        action="append",
+        type=compiler_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the decode program, on one device and on several; repeatable; a switch is True or False",
+    )
     arguments = parser.parse_args()
+    options = dict(arguments.compiler_option)
     contexts = tuple(sorted(int(item) for item in arguments.contexts.split(",")))
     config = LlamaConfig.preset(arguments.preset)
     most = contexts[-1] + (arguments.repeats + 4) * arguments.decoded
     config = dataclasses.replace(config, context_length=most, num_layers=arguments.layers or config.num_layers)
     setting = Setting(config, arguments.dtype, arguments.rank, contexts, arguments.chunk, arguments.decoded,
                       arguments.repeats, arguments.page_size, arguments.implementation)  # fmt: skip
+    with generation.decode.compiled_with(options):
+        measured = bench(setting, arguments.devices, arguments.check_layers)
     report = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "preset": arguments.preset,
-        "layers": config.num_layers, "asked_ratio": ASKED_RATIO,
-        **bench(setting, arguments.devices, arguments.check_layers),
+        "layers": config.num_layers, "compiler_options": options, "asked_ratio": ASKED_RATIO, **measured,
     }  # fmt: skip
     show(report)
     print(json.dumps(report))

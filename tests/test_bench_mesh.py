@@ -1,5 +1,7 @@
 """scripts/bench_mesh.py: its figures mean what it says, and a tiny engine gives all of them."""
 
+import argparse
+
 import engines
 import numpy as np
 import pytest
@@ -16,6 +18,31 @@ def test_an_all_reduce_takes_what_the_last_device_takes():
     assert bench_mesh.all_reduce_ms([first, last]) == pytest.approx((4.0, 6.5, 2))
     assert bench_mesh.all_reduce_ms([first, last[:1]]) == pytest.approx((4.0, 5.5, 2))
     assert bench_mesh.all_reduce_ms([]) == bench_mesh.all_reduce_ms([first[:1]]) == (0.0, 0.0, 0)
+
+
+def test_a_step_is_what_the_longer_trace_has_more_and_may_show_no_all_reduce():
+    prefill = Kernel("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 0, 9e6)
+    step = [Kernel("gemm", 10e6, 2e6), Kernel("fusion_1", 20e6, 1e6, "all-reduce.2-fusion.1"),
+            Kernel("MemcpyD2D", 19e6, 1e6, "all-reduce.2-fusion.1")]  # fmt: skip
+    short, long = [[prefill], [prefill]], [[prefill, *step * 4], [prefill, *step * 4]]
+    assert bench_mesh.of_a_step(short, long, 4) == {
+        "all_reduce_ms": 1.0, "all_reduce_kernel_ms": 1.0, "all_reduces": 1.0, "kernels": [3.0, 3.0],
+    }  # fmt: skip
+    slower = [[prefill._replace(duration_ns=9.5e6), *step[:1] * 4]] * 2
+    found = bench_mesh.of_a_step(short, slower, 4)
+    assert found == {
+        "all_reduce_ms": None, "all_reduce_kernel_ms": None, "all_reduces": bench_mesh.NOT_SEEN, "kernels": [1.0, 1.0],
+    }  # fmt: skip
+    assert bench_mesh.all_reduce_share(found | {"step_ms": 4.0}) == bench_mesh.NOT_SEEN
+    assert bench_mesh.all_reduce_share({"all_reduce_ms": 1.0, "step_ms": 4.0}) == 0.25
+    assert bench_mesh.most_frequent(slower[:1]) == [[("gemm", "", 4), (prefill.name, "", 1)]]
+
+
+def test_a_compiler_option_is_a_name_and_a_value():
+    assert bench_mesh.compiler_option("xla_some=A=B") == ("xla_some", "A=B")
+    for wrong in ("xla_some", "=True"):
+        with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
+            bench_mesh.compiler_option(wrong)
 
 
 def scores(*best_and_second: tuple[int, float]) -> np.ndarray:
@@ -61,9 +88,11 @@ def test_a_tiny_engine_is_measured(capsys):
     assert engine.cache_stats().bytes_used == 0
     row = {"one_ms": 2.0, "several_ms": 1.5, "ratio": 0.75, "all_reduce_ms": 0.2, "all_reduce_kernel_ms": 0.3,
            "all_reduces": 65.0, "all_reduce_share": 0.13}  # fmt: skip
-    bench_mesh.show({"devices": 2, "preset": "tiny", "device": "cpu", "contexts": {"9": row},
+    unseen = row | {"all_reduce_ms": None, "all_reduce_share": bench_mesh.NOT_SEEN}
+    bench_mesh.show({"devices": 2, "preset": "tiny", "device": "cpu", "contexts": {"9": row, "20": unseen},
                      "tokens": {"bfloat16": bench_mesh.compare_scored(logits, again)}})  # fmt: skip
     shown = capsys.readouterr().out
     assert "0.750 missed" in shown
     assert "13.0%" in shown
+    assert shown.count(bench_mesh.NOT_SEEN) == 1
     assert "the same" in shown

@@ -45,14 +45,15 @@ class PlanSizes:
     def max_depth(self, B: int) -> int:
         return 1 if B == 1 else MAX_DEPTH
 
-    def num_lanes(self, B: int) -> int:
-        """Rows of a batch take whole lanes: the device has all of them at once. One row has no other to wait for."""
-        return max(1, -(-self.programs // self.heads) if B == 1 else self.programs // self.heads)
+    @property
+    def num_lanes(self) -> int:
+        """As many as the device has at once: with one more, all would wait for it."""
+        return max(1, self.programs // self.heads)
 
     def max_parts(self, B: int, W: int) -> int:
         """C: the most partial results that a row can have; a lane's ends cut any node of its path."""
         depth = self.max_depth(B)
-        return min(self.num_lanes(B), -(-W // self.pages_per_block) + depth) + 2 * depth
+        return min(self.num_lanes, -(-W // self.pages_per_block) + depth) + 2 * depth
 
     def max_tiles(self, B: int, T: int) -> int:
         """The most (node, group of R rows) pairs; plans that would need more are made without sharing."""
@@ -60,7 +61,7 @@ class PlanSizes:
 
     def max_items(self, B: int, T: int) -> int:
         """I: the most items."""
-        return self.max_tiles(B, T) + self.num_lanes(B) - 1
+        return self.max_tiles(B, T) + self.num_lanes - 1
 
 
 class DecodePlan(NamedTuple):
@@ -183,7 +184,7 @@ def cut(blocks: Int32[Array, " n"], tiles: Int32[Array, " n"], sizes: PlanSizes,
     node, exists = at_or_before(first_tile, tiles, sizes.max_tiles(B, T))
     blocks_of_tile = jnp.where(exists, blocks[node], 0)
     start = before(blocks_of_tile)
-    length = jnp.maximum(-(-jnp.sum(blocks_of_tile) // sizes.num_lanes(B)), 1)
+    length = jnp.maximum(-(-jnp.sum(blocks_of_tile) // sizes.num_lanes), 1)
     first_lane = start // length
     parts_of_tile = jnp.where(blocks_of_tile > 0, (start + blocks_of_tile - 1) // length - first_lane + 1, 0)
     first_item = before(parts_of_tile)
@@ -197,7 +198,7 @@ def cut(blocks: Int32[Array, " n"], tiles: Int32[Array, " n"], sizes: PlanSizes,
         part=part,
         first=jnp.maximum(lane * length - start[tile], 0),
         end=jnp.minimum((lane + 1) * length - start[tile], blocks_of_tile[tile]),
-        lane=jnp.where(exists, lane, sizes.num_lanes(B)),
+        lane=jnp.where(exists, lane, sizes.num_lanes),
         parts_of_tile=parts_of_tile,
         first_tile=first_tile,
     )
@@ -258,5 +259,5 @@ def plan_decode(
         readers=readers,
         expanders=expanders,
         num_parts=own_parts.sum(axis=0),
-        lanes=jnp.sum(items.lane < jnp.arange(sizes.num_lanes(B))[:, None, None] + jnp.arange(2)[:, None], axis=-1),
+        lanes=jnp.sum(items.lane < jnp.arange(sizes.num_lanes)[:, None, None] + jnp.arange(2)[:, None], axis=-1),
     )

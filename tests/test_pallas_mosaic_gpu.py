@@ -71,7 +71,7 @@ class TestFewPrograms(AttentionContract):
 
     @pytest.fixture(autouse=True)
     def _few_programs(self, monkeypatch):
-        decode.decode.clear_cache()  # what it compiled with other block sizes
+        jax.clear_caches()  # what it compiled with other block sizes
         heuristic = decode.heuristic
         monkeypatch.setattr(
             decode, "heuristic", lambda *args, **keywords: dataclasses.replace(heuristic(*args, **keywords), programs=4)
@@ -105,7 +105,7 @@ def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, mo
     case = to_kernel(BY_NAME[name], p=p, H=64)
     sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=2 * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
-    decode.decode.clear_cache()
+    jax.clear_caches()
     args, keywords = arguments(make_inputs(case))
     with interpreted():
         got = lora_attention(*args, **keywords, return_lse=True, implementation="pallas_mosaic_gpu")

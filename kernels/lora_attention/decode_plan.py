@@ -29,7 +29,7 @@ class PlanSizes:
     """What a kernel asks of a plan.
 
     rows_per_item: R, rows whose queries one program holds. pages_per_block: columns that a program reads at a time.
-    programs: programs that run at once on the device. heads: programs that every item takes, one per kv head.
+    programs: programs that run at once on the device. heads: programs that every lane takes, one per kv head.
     """
 
     rows_per_item: int
@@ -51,9 +51,8 @@ class PlanSizes:
         return max(1, self.programs // self.heads)
 
     def max_parts(self, B: int, W: int) -> int:
-        """C: the most partial results that a row can have; a lane's ends cut any node of its path."""
-        depth = self.max_depth(B)
-        return min(self.num_lanes, -(-W // self.pages_per_block) + depth) + 2 * depth
+        """C: the most partial results that a row can have: one per node, and one more per end of a lane inside."""
+        return min(self.num_lanes - 1, -(-W // self.pages_per_block)) + self.max_depth(B)
 
     def max_tiles(self, B: int, T: int) -> int:
         """The most (node, group of R rows) pairs; plans that would need more are made without sharing."""
@@ -171,8 +170,8 @@ class Items(NamedTuple):
     first_tile: Int32[Array, " n"]  # of every node
 
 
-def at_or_before(starts: Int32[Array, " n"], counts: Int32[Array, " n"], numbers: int):
-    """Of each number below `numbers`: which i has it in [starts[i], starts[i] + counts[i]), and whether one has."""
+def place_of_each(starts: Int32[Array, " n"], counts: Int32[Array, " n"], numbers: int):
+    """Of each number below `numbers`: the i with it in [starts[i], starts[i] + counts[i]), and whether there is one."""
     number = jnp.arange(numbers, dtype=jnp.int32)
     index = jnp.sum(number[:, None] >= starts + counts, axis=1, dtype=jnp.int32)
     return jnp.minimum(index, starts.shape[0] - 1), index < starts.shape[0]
@@ -181,14 +180,14 @@ def at_or_before(starts: Int32[Array, " n"], counts: Int32[Array, " n"], numbers
 def cut(blocks: Int32[Array, " n"], tiles: Int32[Array, " n"], sizes: PlanSizes, B: int, T: int) -> Items:
     """Lanes of one length through the blocks of all tiles, `tiles` of every node and `blocks` in each."""
     first_tile = before(tiles)
-    node, exists = at_or_before(first_tile, tiles, sizes.max_tiles(B, T))
+    node, exists = place_of_each(first_tile, tiles, sizes.max_tiles(B, T))
     blocks_of_tile = jnp.where(exists, blocks[node], 0)
     start = before(blocks_of_tile)
     length = jnp.maximum(-(-jnp.sum(blocks_of_tile) // sizes.num_lanes), 1)
     first_lane = start // length
     parts_of_tile = jnp.where(blocks_of_tile > 0, (start + blocks_of_tile - 1) // length - first_lane + 1, 0)
     first_item = before(parts_of_tile)
-    tile, exists = at_or_before(first_item, parts_of_tile, sizes.max_items(B, T))
+    tile, exists = place_of_each(first_item, parts_of_tile, sizes.max_items(B, T))
     part = jnp.where(exists, jnp.arange(exists.shape[0], dtype=jnp.int32) - first_item[tile], 0)
     lane = first_lane[tile] + part
     return Items(

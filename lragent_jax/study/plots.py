@@ -44,7 +44,7 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
             xs, [100 * e.value for e in estimates], yerr=_bars(estimates),
             label=mode, color=MODE_COLOURS[mode], marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, capsize=2,
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="tokens of a right episode", ylabel="questions right (%)", title=kind)
+    axes.set(xscale="log", xlabel="tokens of a right episode", ylabel="questions right (%)", title=kind, ylim=(-2, 102))
     lengths = grid.complete_lengths(kind)
     axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
     axes.minorticks_off()

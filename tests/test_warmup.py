@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gc
 import threading
 import types
 from typing import Any
@@ -20,7 +21,7 @@ from lragent_jax.engine import Engine
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.llama import Block, random_params
 from lragent_jax.models.packed_rows import PackedRows
-from lragent_jax.warmup import Warmup, compile_side_by_side
+from lragent_jax.warmup import Warmup, collector_paused, compile_side_by_side
 
 
 @pytest.fixture
@@ -209,3 +210,32 @@ def test_layers_share_one_trace_in_training(monkeypatch, saveable):
     gradients = jax.eval_shape(jax.grad(loss), tuple({"q": pair} for _ in range(5)))
     assert len(gradients) == 5
     assert len(calls) == 1
+
+
+def test_the_collector_pauses_while_programs_are_lowered_and_no_longer():
+    seen = []
+
+    def lower():
+        seen.append(gc.isenabled())
+        return jax.jit(lambda x: x + 1).lower(jnp.zeros(3))
+
+    compile_side_by_side([("one", lower)], lambda done, what: None)
+    assert seen == [False]
+    assert gc.isenabled()
+
+    def broken() -> jax.stages.Lowered:
+        raise TypeError("no program")
+
+    with pytest.raises(TypeError, match="no program"):
+        compile_side_by_side([("none", broken)], lambda done, what: None)
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ from attention_contract import BY_NAME, AttentionContract, Case, arguments, chec
 
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
+from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import PRODUCT_WIDTH, Shapes
 
@@ -76,6 +77,8 @@ class TestFewPrograms(AttentionContract):
         monkeypatch.setattr(
             decode, "heuristic", lambda *args, **keywords: dataclasses.replace(heuristic(*args, **keywords), programs=4)
         )
+        yield
+        jax.clear_caches()
 
     def adapt(self, case):
         return to_kernel(case, p=64, H=128)
@@ -99,15 +102,23 @@ A_GROUPS = "decode, A-groups on one prefix"
     not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
     reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
 )
-@pytest.mark.parametrize(("name", "p", "compute"), [(A_GROUPS, 32, 1), (A_GROUPS, 16, 2), ("low-rank keys", 64, 2)])
-def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, monkeypatch, capsys):
-    """With two lanes: every program runs several items, one of them begins in the middle of a tile."""
+@pytest.mark.parametrize(
+    ("name", "p", "compute", "lanes"),
+    [(A_GROUPS, 32, 1, 2), (A_GROUPS, 16, 2, 2), ("low-rank keys", 64, 2, 2), ("many blocks", 64, 1, 3)],
+)
+def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, lanes, monkeypatch, capsys):
+    """Programs run several items; of many blocks, one begins in the middle of a tile."""
     case = to_kernel(BY_NAME[name], p=p, H=64)
-    sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=2 * case.K)
+    sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=lanes * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
     jax.clear_caches()
     args, keywords = arguments(make_inputs(case))
+    rows = PlanSizes(min(64 // case.G, len(case.rows) * case.T), max(1, 64 // p), sizes.programs, case.K)
+    plan = plan_decode(args[4], None, T=case.T, page_size=p, sizes=rows)
+    assert (plan.lanes[:, 1] - plan.lanes[:, 0]).max() > 1
+    assert name != "many blocks" or plan.parts.max() > 0  # its rows share nothing: each is a tile
     with interpreted():
         got = lora_attention(*args, **keywords, return_lse=True, implementation="pallas_mosaic_gpu")
+    jax.clear_caches()
     check(case, got, oracle(make_inputs(case)))
     assert "RACE" not in capsys.readouterr().out

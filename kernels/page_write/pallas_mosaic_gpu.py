@@ -103,7 +103,9 @@ def rotated(x: list[jax.Array], angles) -> tuple[jax.Array, jax.Array]:
 
 def expanded(s: Shapes, expansion: Expansion, dtype, token, first_head) -> list[jax.Array]:
     """(X A) B of a token, of a block of heads, as the halves of q: summed in f32, rounded to `dtype`."""
-    adapter, rank, total = expansion.adapter_ids[token], expansion.low_rank.shape[1], []
+    # As XLA reads: what does not exist is another's, and attention makes it no number.
+    adapter = jnp.clip(expansion.adapter_ids[token], 0, expansion.lora_b.shape[0] - 1)
+    rank, total = expansion.low_rank.shape[1], []
     for first in range(0, rank, RANKS_AT_ONCE):
         ranks = range(first, min(first + RANKS_AT_ONCE, rank))
         matrix = [s.halves(expansion.lora_b.at[adapter], i, first_head) for i in ranks]

@@ -339,7 +339,8 @@ def shrink_rows(refs, block, s: Shapes) -> None:
         @pl.when((block >= start) & (block < start + tables * s.rows))
         def _(start=start, lora_a=lora_a, groups=groups, out=out):
             table, row = lax.div(block - start, jnp.int32(s.rows)), lax.rem(block - start, jnp.int32(s.rows))
-            shrink(refs, lora_a, out.at[table], groups[table, row], row, s)
+            group = jnp.clip(groups[table, row], 0, lora_a.shape[0] - 1)  # nothing is read that is not there
+            shrink(refs, lora_a, out.at[table], group, row, s)
 
         start += tables * s.rows
 

@@ -37,7 +37,7 @@ class BlockSizes:
 def heuristic(r_k: int, *, is_batch: bool) -> BlockSizes:
     """With low-rank keys of rank r_k: rebuilding them takes two warpgroups, and else one keeps up with the memory.
 
-    Of one row a processor has two programs. Of several it has one, which is to have as much under way.
+    For one row more stages gained nothing. A program of several rows goes on from item to item, with more under way.
     """
     if r_k:
         return BlockSizes(num_stages=3, compute=2)

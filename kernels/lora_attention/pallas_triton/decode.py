@@ -43,17 +43,18 @@ MERGE_WARPS, MERGE_STAGES = 4, 2
 
 
 def decode_kernel(x: Operands, plan: DecodePlan, o_ref, o_lr_ref, m_ref, l_ref, *, s: Statics):
-    """One item of the plan for one kv head.
+    """One lane of the plan for one kv head, item after item.
 
     Writes unnormalised partial results: o_ref [rows, C, K, G, H], o_lr_ref [rows, C, K, G, r_v] or None, m_ref and
     l_ref [rows, C, K, G].
     """
-    head, item = pl.program_id(0), pl.program_id(1)
-    first, end = plan.pages[item, 0], plan.pages[item, 1]
+    head, lane = pl.program_id(0), pl.program_id(1)
 
-    @pl.when(first < end)
-    def _():
-        decode_item(x, plan, (o_ref, o_lr_ref, m_ref, l_ref), head, item, first * s.p, end * s.p, s)
+    def one(item, _):
+        start, end = plan.pages[item, 0] * s.p, plan.pages[item, 1] * s.p
+        decode_item(x, plan, (o_ref, o_lr_ref, m_ref, l_ref), head, item, start, end, s)
+
+    lax.fori_loop(plan.lanes[lane, 0], plan.lanes[lane, 1], one, None)
 
 
 def decode_item(x: Operands, plan: DecodePlan, partial_refs, head, item, start, end, s: Statics):
@@ -197,7 +198,7 @@ def decode(x: Operands, sizes: DecodeBlockSizes, sm_scale: float, return_lse: bo
     partials = call(
         functools.partial(decode_kernel, s=s),
         f"lora_decode_r{sizes.rows_per_item}_kv{sizes.block_kv}",
-        (K, plan.pages.shape[0]),
+        (K, plan.lanes.shape[0]),
         Softmax(per_part(H), per_part(s.r_v) if s.r_v else None, per_part(), per_part()),
         *(sizes.num_warps, sizes.num_stages, interpret),
     )(x, plan)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractDevice, NamedSharding, SingleDeviceSharding
 
 from lragent_jax.flat_tree import FlatTree
 from lragent_jax.models.tensor_parallel import WHOLE, is_sharded
@@ -20,6 +20,11 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 }
 """By the name that JAX has for a kind of device; a compiler refuses the options of another."""
 
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")
+
+NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
+"""For a GPU's compiler, which else makes graphs of what it launches, and updates one whenever an argument has moved."""
+
 
 class DeviceJit:
     """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for.
@@ -27,24 +32,17 @@ class DeviceJit:
     Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
     is not compiled once more when it is given its own results, and no process is left out. `resident` names positional
     arguments, large trees, that lie there already. Where a positional argument is a `FlatTree`, the function gets its
-    tree.
+    tree. `cuda_graphs`: whether a GPU launches it as graphs, which pays where one graph is launched many times in a call,
+    as a step of decoding is. Otherwise bringing it up to date costs more than it spares.
     """
 
-    def __init__(self, function: Callable, *, resident: Sequence[str] = (), **jit_options):
+    def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):
         functools.update_wrapper(self, function)
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._function, self._jit_options = _given_trees(function), jit_options
-        self._by_kind = self._compiled({})
-
-    def _compiled(self, more: Mapping[str, str]) -> dict[str | None, Any]:
-        """By the kind of device, None for all that need no options; `more` go before a kind's own."""
-        return {
-            kind: jax.jit(
-                self._function, compiler_options={**COMPILER_OPTIONS.get(kind or "", {}), **more} or None,
-                **self._jit_options,
-            )
-            for kind in (None, *COMPILER_OPTIONS)
-        }  # fmt: skip
+        self._on_gpu = {} if cuda_graphs else NO_CUDA_GRAPHS
+        self._more: Mapping[str, str] = {}  # options that come before those
+        self._jits: dict[AbstractDevice, Any] = {}
 
     @contextlib.contextmanager
     def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
@@ -52,15 +50,24 @@ class DeviceJit:
 
         They go before those of the device. A call raises `jax.errors.JaxRuntimeError` if its compiler refuses one.
         """
-        before = self._by_kind
-        self._by_kind = self._compiled(options)
+        before = self._more, self._jits
+        self._more, self._jits = options, {}
         try:
             yield
         finally:
-            self._by_kind = before
+            self._more, self._jits = before
+
+    def compiler_options(self, device: AbstractDevice) -> dict[str, str]:
+        """Those that it is compiled with for such a device."""
+        of_its_kind = COMPILER_OPTIONS.get(device.device_kind, {})
+        return {**of_its_kind, **(self._on_gpu if device.platform in GPU_PLATFORMS else {}), **self._more}
 
     def _jitted(self) -> Any:
-        return self._by_kind.get(device_kind(), self._by_kind[None])
+        device = this_device()
+        if device not in self._jits:
+            options = self.compiler_options(device)
+            self._jits[device] = jax.jit(self._function, compiler_options=options or None, **self._jit_options)
+        return self._jits[device]
 
     def __call__(self, *args, **kwargs) -> Any:
         return self._jitted()(*self._moved(args, _on_all_devices), **kwargs)
@@ -116,11 +123,16 @@ def _is_elsewhere(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray | np.generic) or getattr(leaf, "sharding", leaf) is None
 
 
-def device_kind() -> str:
-    """That of the current mesh's devices; without one, of the device where JAX puts work of its own accord."""
+def this_device() -> AbstractDevice:
+    """One of the current mesh's; without one, where JAX puts work of its own accord."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
-        return mesh.abstract_device.device_kind
+        return mesh.abstract_device
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
     device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-    return device.device_kind
+    return _abstract(device.device_kind, device.platform)
+
+
+@functools.cache
+def _abstract(device_kind: str, platform: str) -> AbstractDevice:
+    return AbstractDevice(device_kind, None, platform)

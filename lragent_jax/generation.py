@@ -52,7 +52,12 @@ def exact_matmuls(params: Params):
     return contextlib.nullcontext()
 
 
-@functools.partial(DeviceJit, static_argnames=("graphdef", "write_base", "implementation"), donate_argnames=("cache",))
+@functools.partial(
+    DeviceJit,
+    resident=_RESIDENT,
+    static_argnames=("graphdef", "write_base", "implementation"),
+    donate_argnames=("cache",),
+)
 def prefill(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -165,6 +170,7 @@ def _put(slots: Slots, slot_ids, state: DecodeState, kv_lens) -> Slots:
 @functools.partial(
     DeviceJit,
     resident=_RESIDENT,
+    cuda_graphs=True,
     static_argnames=("graphdef", "block", "write_without_adapter", "implementation"),
     donate_argnames=("cache",),
 )

@@ -9,11 +9,13 @@ the compiler refuses says so.
 
 Candidates (`--variant NAME` takes some of them):
 
-* `no graphs`: XLA puts what it launches into CUDA graphs, and brings them up to date when an argument has moved, which
-  is once in every call of a prefill and once in a block of steps. Without them every kernel is launched by itself.
-* `no graphs in prefill`: the same for prefill alone.
-* `loop in a graph`: a block's loop is put into a graph with its body. Then the host does not look at its condition
-  after every step.
+* `graphs in prefill`: XLA can put what it launches into CUDA graphs, and brings them up to date when an argument has
+  moved, which is once in every call of a prefill and once in a block of steps. Prefill comes without.
+* `no graphs`: decode without them, too: every kernel is launched by itself.
+* `sampling in a graph`: whether a row samples or takes the likeliest token is decided in a graph. Otherwise the host
+  looks, in every step.
+* `loop in a graph`: a block's loop is put into a graph with its body and that decision. Then the host looks at nothing
+  until the block is over.
 * `kernels outside graphs`: XLA's own kernels are put into graphs, ours are not: they go into one by being captured anew
   whenever an argument has moved.
 * `xla products`: a step's products and what stands around them by XLA's operations, where kernels of our own do them.
@@ -36,15 +38,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import generation
+from lragent_jax.device_jit import NO_CUDA_GRAPHS
 from lragent_jax.kernels.row_matmul import dispatch as row_matmul
 from lragent_jax.measure.bench_model import BenchModel
 from lragent_jax.measure.trace_run import Figures, clean_runs, decode_step, exactly, prefill_seconds, random_ids
 from lragent_jax.models.config import LlamaConfig
 
-NO_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
+GRAPHS = {"xla_gpu_graph_min_graph_size": "5"}  # as XLA does it, left alone
 LOOP_IN_A_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
 }
+SAMPLING_IN_A_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"}
 KERNELS_OUTSIDE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN"}
 
 FEW_PER_REPEAT = 8  # these calls are short, and differ from each other by a tenth
@@ -61,10 +65,11 @@ class Variant(NamedTuple):
 AS_IT_COMES = "as it comes"
 VARIANTS = {
     AS_IT_COMES: Variant(),
-    "no graphs": Variant(prefill=NO_GRAPHS, decode=NO_GRAPHS),
-    "no graphs in prefill": Variant(prefill=NO_GRAPHS),
+    "graphs in prefill": Variant(prefill=GRAPHS),
+    "no graphs": Variant(decode=NO_CUDA_GRAPHS),
+    "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
-    "kernels outside graphs": Variant(prefill=KERNELS_OUTSIDE, decode=KERNELS_OUTSIDE),
+    "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
     "xla products": Variant(row_matmul=False),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from script_modules import load_script
 
 from lragent_jax import generation
+from lragent_jax.device_jit import this_device
 from lragent_jax.kernels.row_matmul import dispatch
 
 bench_programs = load_script("bench_programs")
@@ -43,13 +44,14 @@ def test_variants_stand_side_by_side(monkeypatch, capsys, clearings):
 
 
 def test_a_variant_applies_to_what_is_compiled_meanwhile():
-    before = generation.decode._by_kind
+    here, before = this_device(), generation.decode._jitted()
     with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False)):
         assert not dispatch.ENABLED_BY_DEFAULT
-        assert generation.decode._by_kind is not before
-        assert generation.prefill._by_kind[None] is generation.prefill._jitted()
+        assert generation.decode.compiler_options(here) == {"not_an_option": "1"}
+        assert generation.decode._jitted() is not before
+        assert generation.prefill.compiler_options(here) == {}
     assert dispatch.ENABLED_BY_DEFAULT
-    assert generation.decode._by_kind is before
+    assert generation.decode._jitted() is before
 
 
 def test_a_variant_that_does_not_exist_is_refused(monkeypatch):

@@ -5,10 +5,10 @@ import contextlib
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, Mesh
 
 from lragent_jax import device_jit
-from lragent_jax.device_jit import DeviceJit, device_kind
+from lragent_jax.device_jit import DeviceJit, this_device
 
 
 @pytest.fixture(params=["default", "mesh"])
@@ -19,7 +19,7 @@ def where(request):
 
 
 def test_it_takes_the_options_of_its_device(where, monkeypatch):
-    assert device_kind() == where
+    assert this_device().device_kind == where
     monkeypatch.setattr(device_jit, "COMPILER_OPTIONS", {"another": {"of_another": "1"}, where: {"not_an_option": "1"}})
     double = DeviceJit(lambda x: 2 * x)
     with pytest.raises(jax.errors.JaxRuntimeError, match="not_an_option"):
@@ -34,7 +34,17 @@ def test_it_takes_none_of_another_device(where, monkeypatch):
     assert add(3, y=4) == 7
     assert add.lower(1, y=3).compile()(1) == 4
     with jax.default_device(jax.devices()[0]):
-        assert device_kind() == where
+        assert this_device().device_kind == where
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_a_gpu_gets_graphs_where_they_are_asked_for(platform):
+    gpu, cpu = AbstractDevice("a GPU", None, platform), AbstractDevice("cpu", None, "cpu")
+    plain, graphs = DeviceJit(lambda x: x), DeviceJit(lambda x: x, cuda_graphs=True)
+    assert plain.compiler_options(gpu) == device_jit.NO_CUDA_GRAPHS
+    assert plain.compiler_options(cpu) == graphs.compiler_options(gpu) == {}
+    with plain.compiled_with({"xla_gpu_graph_min_graph_size": "5"}):
+        assert plain.compiler_options(gpu) == {"xla_gpu_graph_min_graph_size": "5"}
 
 
 def test_for_a_comparison_it_takes_others():

@@ -28,8 +28,7 @@ def test_the_function_gets_the_tree_and_equal_structures_share_a_program():
     program = DeviceJit(add, resident=("weights",))
     assert program(FlatTree(tree()), 1.0) == program(tree(), 1.0) == 6
     assert program(FlatTree(tree(2.0)), 1.0) == 9
-    (jitted,) = {id(each): each for each in program._by_kind.values() if each._cache_size()}.values()
-    assert jitted._cache_size() == 2  # as a tree and as a flat one, however many of these there are
+    assert program._jitted()._cache_size() == 2  # as a tree and as a flat one, however many of these there are
 
 
 def test_another_structure_is_another_program():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lragent_jax.kernels.row_matmul import Norm, Shrink, dispatch, row_matmul
+from lragent_jax.models.tensor_parallel import BY_COLUMN, WHOLE, is_per_shard, is_sharded, num_shards, per_shard
 
 
 def row_products(
@@ -24,36 +25,56 @@ def row_products(
     shrinks: Mapping[str, tuple[Float[Array, "g D r"], Int[Array, "tables B"]]] = {},
     implementation: str | None,
 ) -> tuple[list[Any], dict[str, Float[Array, "tables B T r"]]] | None:
-    """`row_matmul` of the B·T rows, where it is switched on for them and has a kernel: not where a mesh divides them.
+    """`row_matmul` of the B·T rows, where it is switched on for them and has a kernel.
 
     `norm` is a scale and an epsilon. `shrinks` are A's by target, and the groups of every table and row: X A is the
     second result. `implementation` is the one of attention: its name, too, if there is one of it. None: nothing was
     done, and the caller's own operations are to do it.
+
+    Where a mesh cuts the model, every device makes its own columns of the products, of weights that are cut so; inside
+    `per_shard`, products of its shards.
     """
     B, T, width = x.shape
-    if not dispatch.ENABLED_BY_DEFAULT or B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_divided():
+    if not dispatch.ENABLED_BY_DEFAULT or B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_cut_otherwise():
         return None
     if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
     rows, weights = x.reshape(B * T, width), tuple(weights)
     by = None if norm is None else Norm(*norm)
     by_row = tuple(Shrink(lora_a, jnp.repeat(groups, T, axis=1)) for lora_a, groups in shrinks.values())
+    cuts = num_shards() if is_sharded() and not is_per_shard() else 1
+    if any(weight.shape[1] % cuts for weight in weights):
+        return None
+    of_shard = tuple(jax.ShapeDtypeStruct((width, weight.shape[1] // cuts), weight.dtype) for weight in weights)
     try:
-        chosen = dispatch.choose(implementation, rows, weights, by, by_row)
+        chosen = dispatch.choose(implementation, rows, of_shard, by, by_row)
     except NotImplementedError:
         return None
     if chosen == "xla":
         return None
-    added = None if residual is None else residual.reshape(B * T, -1)
-    results = row_matmul(
-        rows, weights, norm=by, keep_normed=keep_normed, gated=gated, residual=added, shrinks=by_row,
-        weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
+
+    def multiply(rows, weights, scale, residual, by_row):
+        return row_matmul(
+            rows, weights, norm=by and by._replace(scale=scale), keep_normed=keep_normed, gated=gated,
+            residual=residual, shrinks=by_row, weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
+        )  # fmt: skip
+
+    num_products = 1 if gated else len(weights)
+    if cuts > 1:
+        columns = BY_COLUMN  # of weights and products alike
+        multiply = per_shard(
+            multiply,
+            (WHOLE, columns, WHOLE, columns, WHOLE),
+            (*(columns,) * num_products, *(WHOLE,) * (keep_normed + len(by_row))),
+        )
+    results = multiply(
+        rows, weights, by and by.scale, None if residual is None else residual.reshape(B * T, -1), by_row
     )  # fmt: skip
     products, shrunk = results[: len(results) - len(by_row)], results[len(results) - len(by_row) :]
     by_target = {target: y.reshape(-1, B, T, y.shape[-1]) for target, y in zip(shrinks, shrunk, strict=True)}
     return [y.reshape(B, T, -1) for y in products], by_target
 
 
-def is_divided() -> bool:
-    """Whether the mesh that `jax.set_mesh` made current, if any, has several devices."""
-    return jax.sharding.get_abstract_mesh().size > 1
+def is_cut_otherwise() -> bool:
+    """Whether the mesh that `jax.set_mesh` made current, if any, has several devices that do not cut the model."""
+    return jax.sharding.get_abstract_mesh().size > num_shards()

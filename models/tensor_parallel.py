@@ -39,6 +39,16 @@ def is_sharded() -> bool:
     return AXIS in jax.sharding.get_abstract_mesh().axis_names
 
 
+def num_shards() -> int:
+    """How many devices the model is cut for."""
+    return jax.sharding.get_abstract_mesh().shape[AXIS] if is_sharded() else 1
+
+
+def is_per_shard() -> bool:
+    """Inside `per_shard`, where the model is cut."""
+    return is_sharded() and AXIS in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def per_shard(function: Callable, in_specs: tuple[Any, ...], out_specs: Any) -> Callable:
     """`function` of the shards of its arguments; `function` itself where nothing is sharded.
 

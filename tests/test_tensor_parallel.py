@@ -124,6 +124,68 @@ for program, tokens, sampling in (("prefill", 32, 0), ("decode", 1, 0)):
 print("passed")
 """
 
+WITH_ROW_PRODUCTS = """
+import collections, types, sys
+
+import jax
+from mesh_calls import ADAPTERS, CONFIG, TARGETS, generated, weights
+
+from lragent_jax.engine import Engine
+from lragent_jax.kernels.row_matmul import dispatch, xla
+from lragent_jax.measure.tpu_programs import Workload, model_mesh
+from lragent_jax.measure.tpu_report import collectives
+from lragent_jax.models.adapter import Adapter
+
+# A kernel like Hopper's, which takes what lies on one device. It does what XLA's operations do, and takes notes.
+calls = collections.Counter()
+def row_matmul(x, weights, **options):
+    shrunk = [shrink.lora_a.shape for shrink in options["shrinks"]]
+    calls[x.shape, tuple(weight.shape for weight in weights), options["residual"] is not None, len(shrunk)] += 1
+    assert all(shape[1] == CONFIG.width for shape in shrunk)
+    return xla.row_matmul(x, weights, **options)
+
+kernel = types.ModuleType("kernel")
+kernel.row_matmul, kernel.refuse = row_matmul, xla.refuse
+sys.modules[dispatch.__package__ + ".kernel"] = kernel
+WITH_KERNEL, WITHOUT = {"kernel": ("cpu",), **dispatch.IMPLEMENTATIONS}, dispatch.IMPLEMENTATIONS
+
+D, N, K, F, H = CONFIG.width, CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.mlp_width, CONFIG.head_dim
+
+def products(n, all_adapted):
+    residual = n == 1
+    qkv = ((1, D), ((D, N * H // n), (D, K * H // n), (D, K * H // n)), False, 3 if all_adapted else 2)
+    o, down = (((1, width // n), ((width // n, D),), residual, 0) for width in (N * H, F))
+    gate_up = ((1, D), ((D, F // n), (D, F // n)), False, 0)
+    if not all_adapted:
+        return {qkv, gate_up, o, down}
+    # What adapters add goes between a product and what follows it: one device leaves these to XLA.
+    return {qkv} if n == 1 else {qkv, o, down}
+
+for targets in (("q", "v"), TARGETS):
+    adapters = {agent: Adapter({key: pair for key, pair in adapter.weights.items() if key[1] in targets})
+                for agent, adapter in ADAPTERS.items()}
+    def run(devices):
+        calls.clear()
+        engine = Engine(CONFIG, *weights(), adapters, sharing="base_lr", page_size=8, num_pages=24,
+                        prefill_buckets=(16,), decode_block=4, tensor_parallel=devices)
+        return generated(engine)
+
+    dispatch.IMPLEMENTATIONS = WITHOUT
+    want = run(1)
+    assert not calls
+    dispatch.IMPLEMENTATIONS = WITH_KERNEL
+    for n in (1, 2, 4):
+        jax.clear_caches()
+        assert run(n) == want, n
+        expected = products(n, targets == TARGETS)
+        assert calls.keys() == expected, (n, calls.keys() ^ expected)
+    workload = Workload(CONFIG, model_mesh(jax.devices()[:4]), targets=targets, rank=4, tokens=1, page_size=16, pages=99,
+                        width=8, dtype="float32", implementation=None)
+    reduces = collectives(workload.lower("decode").compile())["all-reduce"]["count"]
+    assert reduces == 2 * CONFIG.num_layers + 1, reduces
+print("passed")
+"""
+
 IN_TWO_PROCESSES = """
 import sys
 
@@ -171,6 +233,11 @@ def test_on_eight_devices(tmp_path):
     assert got["ids"].tolist() == ids
     for name, logits in want.items():
         assert_close(got[name], logits, "equal")
+
+
+def test_products_of_a_row_by_a_kernel():
+    """Every device multiplies its own columns or rows, and no all-reduce is added."""
+    assert wait(start(WITH_ROW_PRODUCTS, 4)).splitlines()[-1] == "passed"
 
 
 def test_in_two_processes(tmp_path):

@@ -32,8 +32,8 @@ class DeviceJit:
     Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
     is not compiled once more when it is given its own results, and no process is left out. `resident` names positional
     arguments, large trees, that lie there already. Where a positional argument is a `FlatTree`, the function gets its
-    tree. `cuda_graphs`: whether a GPU launches it as graphs, which pays where one graph is launched many times in a call,
-    as a step of decoding is. Otherwise bringing it up to date costs more than it spares.
+    tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many times in a call, as a
+    step of decoding is; elsewhere, bringing it up to date costs more than it spares.
     """
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):

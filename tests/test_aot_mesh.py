@@ -31,6 +31,10 @@ def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, implementa
     assert found["all-reduce"] == {"count": reduces, "bytes": reduces * activations}
     logits = config.vocab_size * 4
     assert found["all-gather"]["bytes"] <= logits + 64  # to sample from; greedy decoding moves two numbers a device
+    # The products of a row, and what stands around them: the projections; o; gate, up and SwiGLU; down.
+    lines = [line for line in aot.text_of(compiled).splitlines() if " custom-call(" in line]
+    own = sum("/row_matmul_pallas_mosaic_gpu/" in line for line in lines)
+    assert own == (4 if program == "decode" and implementation == "pallas_mosaic_gpu" else 0)
     pools = [pool.sharding.shard_shape(pool.shape) for kind in workload.caches() for pool in kind]
     assert pools[0][1] == config.num_kv_heads // 2
     assert aot.temporaries(compiled) < 60e6

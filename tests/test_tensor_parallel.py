@@ -128,7 +128,7 @@ WITH_ROW_PRODUCTS = """
 import collections, types, sys
 
 import jax
-from mesh_calls import ADAPTERS, CONFIG, TARGETS, generated, weights
+from mesh_calls import ADAPTERS, CONFIG, TARGETS, weights
 
 from lragent_jax.engine import Engine
 from lragent_jax.kernels.row_matmul import dispatch, xla
@@ -158,29 +158,31 @@ def products(n, all_adapted):
     gate_up = ((1, D), ((D, F // n), (D, F // n)), False, 0)
     if not all_adapted:
         return {qkv, gate_up, o, down}
-    # What adapters add goes between a product and what follows it: one device leaves these to XLA.
-    return {qkv} if n == 1 else {qkv, o, down}
+    return {qkv, o, down}
 
-for targets in (("q", "v"), TARGETS):
+for targets, devices in ((("q", "v"), (1, 4)), (TARGETS, (2,))):
     adapters = {agent: Adapter({key: pair for key, pair in adapter.weights.items() if key[1] in targets})
                 for agent, adapter in ADAPTERS.items()}
-    def run(devices):
+    def run(n):
         calls.clear()
         engine = Engine(CONFIG, *weights(), adapters, sharing="base_lr", page_size=8, num_pages=24,
-                        prefill_buckets=(16,), decode_block=4, tensor_parallel=devices)
-        return generated(engine)
+                        prefill_buckets=(16,), decode_block=4, tensor_parallel=n)
+        with engine.trajectory().append(range(5, 20)) as trajectory:
+            for agent in ("plan", "reflect"):
+                engine.generate(trajectory, agent, max_new_tokens=4, ignore_eos=True)
+            return trajectory.token_ids
 
     dispatch.IMPLEMENTATIONS = WITHOUT
     want = run(1)
     assert not calls
     dispatch.IMPLEMENTATIONS = WITH_KERNEL
-    for n in (1, 2, 4):
+    for n in devices:
         jax.clear_caches()
         assert run(n) == want, n
         expected = products(n, targets == TARGETS)
         assert calls.keys() == expected, (n, calls.keys() ^ expected)
-    workload = Workload(CONFIG, model_mesh(jax.devices()[:4]), targets=targets, rank=4, tokens=1, page_size=16, pages=99,
-                        width=8, dtype="float32", implementation=None)
+    workload = Workload(CONFIG, model_mesh(jax.devices()[:4]), targets=targets, rank=4, tokens=1, page_size=16,
+                        pages=99, width=8, dtype="float32", implementation=None)
     reduces = collectives(workload.lower("decode").compile())["all-reduce"]["count"]
     assert reduces == 2 * CONFIG.num_layers + 1, reduces
 print("passed")

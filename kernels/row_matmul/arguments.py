@@ -2,7 +2,11 @@
 
 from typing import NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int32
+
+Described = Array | jax.ShapeDtypeStruct
+"""An array, or what is to be known of one that is not there yet."""
 
 
 class Norm(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from lragent_jax.kernels.lora_attention.dispatch import default_platform
-from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink
+from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 
 # In order of preference, and where they are tried unasked.
 IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
@@ -29,9 +29,11 @@ def load(name: str) -> ModuleType:
 
 
 def choose(
-    name: str | None, x: Array, weights: tuple[Array, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()
+    name: str | None, x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()
 ) -> str:
     """The name of the implementation that runs. One that was asked for runs or raises, and never falls back.
+
+    Shapes and dtypes are all that is looked at.
 
     Raises:
       ValueError: there is none of that name.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
-from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink
+from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 
 TILE = 64  # columns of a weight in one instruction of the matrix unit
 LANES = 128  # numbers of a row that the registers' layout takes together
@@ -435,7 +435,7 @@ def call(x, weights, scale, residual, shrinks, *, s: Shapes):
 call_once = jax.jit(call, static_argnames="s")  # traced and lowered once for all layers of a model
 
 
-def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
+def refuse(x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
     """Raises NotImplementedError for what the kernel was not written for."""
     if x.dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {x.dtype}: the matrix unit takes bfloat16 and float16")

@@ -6,10 +6,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lragent_jax.kernels.rms_norm import rms_norm
-from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink
+from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 
 
-def refuse(x: Array, weights: tuple[Array, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
+def refuse(x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
     """Nothing is refused."""
 
 

@@ -11,7 +11,6 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     Inputs,
     Memory,
     Tile,
-    padded_rank,
 )
 
 
@@ -120,7 +119,6 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
         keep(smem.v.at[slot, pl.ds(row, rows)], 0, limit - row)
 
     if cfg.r_v:
-
         at_once = min(cfg.R_v, 16)
 
         @pl.loop(0, cfg.R_v // at_once)

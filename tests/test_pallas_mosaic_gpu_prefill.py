@@ -45,8 +45,6 @@ CASES = (
     Case("pages longer than a block", rows=((250, 300, 1),), T=60, K=1, H=64, p=256, r_v=24, dtype="float16"),
     KEYS,
     Case("blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16"),
-    Case("rank 8, pages of 16", rows=((0, 130, 2),), T=130, K=1, H=64, p=16, r_v=8, dtype="float16"),
-    Case("rank 8, blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=32, r_v=8, r_k=64, dtype="bfloat16"),
 )
 
 

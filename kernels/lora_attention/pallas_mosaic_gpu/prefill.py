@@ -37,11 +37,11 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     Outputs,
     Tile,
     heuristic,
+    padded_rank,
     shared_memory,
     this_tile,
 )
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_feed import expand_keys, feed
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
@@ -66,7 +66,7 @@ def empty(cfg: Config) -> Softmax:
     def full(fill, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
-    o_lr = full(0, (BLOCK_Q, cfg.R_v), tile) if cfg.r_v else None
+    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r_v)), tile) if cfg.r_v else None
     return Softmax(full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row))
 
 
@@ -183,8 +183,11 @@ def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory,
     o = state.o * lax.broadcast_in_dim(inverse, state.o.shape, [0])
     if cfg.r_v:
         o_lr = state.o_lr * lax.broadcast_in_dim(inverse, state.o_lr.shape, [0])
+        high = o_lr.astype(cfg.dtype)
+        low = (o_lr - high.astype(jnp.float32)).astype(cfg.dtype)  # both together: o_lr to twice as many bits
         plgpu.barrier_wait(barriers.b_ready)
-        o = expand_eight(o, o_lr, smem.b_v) if cfg.R_v == 8 else expand(cfg, o, o_lr, smem.b_v)
+
+        (o,) = multiply_add(cfg, [(o, ((high, smem.b_v), (low, smem.b_v)))])
 
     def live(shape, layout):
         position = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
@@ -195,24 +198,6 @@ def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory,
         lse = state.m * math.log(2) + jnp.log(state.l)
         lse = jnp.where(live(lse.shape, plgpu.Layout.WGMMA.reduce(1)), lse, -jnp.inf)
         smem.lse.at[lax.axis_index("warpgroup")][...] = lse
-
-
-def expand(cfg: Config, o, o_lr, b):
-    """o + o_lr B on the tensor cores."""
-    high = o_lr.astype(cfg.dtype)
-    low = (o_lr - high.astype(jnp.float32)).astype(cfg.dtype)  # both together: o_lr to twice as many bits
-    (o,) = multiply_add(cfg, [(o, ((high, b), (low, b)))])
-    return o
-
-
-def expand_eight(o, o_lr, b):
-    """The same of eight columns, one after the other and in f32: a tensor core would sum over sixteen."""
-    column = plgpu.broadcasted_iota(jnp.int32, o_lr.shape, 1, layout=plgpu.Layout.WGMMA)
-    for i in range(8):
-        numbers = jnp.where(column == i, o_lr, 0.0).sum(axis=1)
-        row = load(b.at[i], plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-        o += lax.broadcast_in_dim(numbers, o.shape, [0]) * lax.broadcast_in_dim(row, o.shape, [1])
-    return o
 
 
 def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, barriers: Barriers) -> None:

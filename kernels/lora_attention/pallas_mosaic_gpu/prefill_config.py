@@ -73,13 +73,13 @@ class Outputs(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Shared memory of a program. R: a rank rounded up, to what a wgmma sums over or makes."""
+    """Shared memory of a program. R: a rank rounded up to what a wgmma sums over."""
 
     q: Any  # [2, 64, H], at the end o
     k: Any  # [num_stages, block_kv, H]
     v: Any  # [num_stages, block_kv, H]
     low_rank_v: Any = None  # [num_stages, R_v, block_kv]
-    b_v: Any = None  # [R_v, H]; of rank 8 row by row, for no tensor core
+    b_v: Any = None  # [R_v, H]
     low_rank_k: Any = None  # [num_stages, R_k, block_kv]
     b_k: Any = None  # [R_k, H]
     rope: Any = None  # [block_kv, H]
@@ -129,18 +129,13 @@ class Config:
         """Rows of a low-rank page that a copy brings: all, unless other pages' lanes or zeros lie between them."""
         return rank if self.copies == 1 and rank % 16 == 0 else 8
 
-    @property
-    def R_v(self) -> int:
-        """Columns of P L, which come in eights."""
-        return self.r_v if self.r_v == 8 else padded_rank(self.r_v)
-
-    def low_rank_copies(self, rank: int, padded: int) -> int:
+    def low_rank_copies(self, rank: int) -> int:
         """Copies that bring a block of low-rank keys or values."""
-        return self.copies * (padded // self.ranks_per_copy(rank)) if rank else 0
+        return self.copies * (padded_rank(rank) // self.ranks_per_copy(rank)) if rank else 0
 
     @property
     def v_arrivals(self) -> int:
-        return self.copies + self.low_rank_copies(self.r_v, self.R_v)
+        return self.copies + self.low_rank_copies(self.r_v)
 
     @property
     def name(self) -> str:
@@ -154,12 +149,11 @@ class Config:
 
     @property
     def low_rank_v_lanes(self) -> int:
-        """Width of the tiles of low-rank values: those of sixteen rows, or of the eight there are, fill a warpgroup."""
-        return min(self.blocks.block_kv // (4 if self.R_v == 8 else 2), self.p)
+        return min(self.blocks.block_kv // 2, self.p)
 
     def memory(self, return_lse: bool) -> Memory:
         stages, block_kv = self.blocks.num_stages, self.blocks.block_kv
-        R_v, R_k = self.R_v, padded_rank(self.r_k)
+        R_v, R_k = padded_rank(self.r_v), padded_rank(self.r_k)
 
         def tiled(*shape, lanes=64, dtype=self.dtype):
             """Tiles of 8 rows, swizzled, as wgmma and the copy engine take it; a wgmma sums over `lanes` at a time."""
@@ -174,8 +168,7 @@ class Config:
         )
         if self.r_v:
             low_rank = tiled(stages, R_v, block_kv, lanes=self.low_rank_v_lanes)
-            b_v = plgpu.SMEM((R_v, self.H), self.dtype) if R_v == 8 else tiled(R_v, self.H, lanes=16)
-            memory = memory._replace(low_rank_v=low_rank, b_v=b_v)
+            memory = memory._replace(low_rank_v=low_rank, b_v=tiled(R_v, self.H, lanes=16))
         if self.r_k:
             low_rank = tiled(stages, R_k, block_kv, lanes=16)
             rope = tiled(block_kv, self.H, lanes=self.k_lanes, dtype=jnp.float16)
@@ -184,8 +177,8 @@ class Config:
 
     def barriers(self) -> Barriers:
         stages = self.blocks.num_stages
-        k_copies = self.copies + self.low_rank_copies(self.r_k, padded_rank(self.r_k))
-        b_copies = (self.R_v + padded_rank(self.r_k)) // 8
+        k_copies = self.copies + self.low_rank_copies(self.r_k)
+        b_copies = (padded_rank(self.r_v) + padded_rank(self.r_k)) // 8
         barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),

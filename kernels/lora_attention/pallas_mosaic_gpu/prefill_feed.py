@@ -11,6 +11,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     Inputs,
     Memory,
     Tile,
+    padded_rank,
 )
 
 
@@ -97,7 +98,7 @@ def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None
 
 def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
     """Copies [rank, lanes] of a page, so many rows at a time, and zeros to the rows of `target` that pad the rank."""
-    for row in range(0, target.shape[0], rows):
+    for row in range(0, padded_rank(rank), rows):
         at, first = (page, row) if row < rank else (pool.shape[0], 0)
         plgpu.copy_gmem_to_smem(pool.at[at, pl.ds(first, rows), lanes], target.at[pl.ds(row, rows)], barrier)
 
@@ -119,11 +120,10 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
         keep(smem.v.at[slot, pl.ds(row, rows)], 0, limit - row)
 
     if cfg.r_v:
-        at_once = min(cfg.R_v, 16)
 
-        @pl.loop(0, cfg.R_v // at_once)
+        @pl.loop(0, padded_rank(cfg.r_v) // 16)
         def _low_rank_values(i):
-            rows = pl.ds(pl.multiple_of(i * at_once, at_once), at_once)
+            rows = pl.ds(pl.multiple_of(i * 16, 16), 16)
             keep(smem.low_rank_v.at[slot, rows], 1, limit, lanes=cfg.low_rank_v_lanes)
 
 

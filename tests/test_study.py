@@ -11,13 +11,15 @@ import text_models
 from script_modules import load_script
 
 from lragent_jax import episodes
+from lragent_jax.compile_watch import CompileWatch
 from lragent_jax.models.errors import InputError
 from lragent_jax.recording import Recording
 from lragent_jax.sharing import SHARING_MODES
 from lragent_jax.study import study as study_module
 from lragent_jax.study.agent_set import RECORDED_KIND, AgentSet, read_agents, with_stacked
 from lragent_jax.study.deadline import Deadline, expected_seconds
-from lragent_jax.study.plan import FULL, REDUCED, STACKED_MODES, Sample, Scale, episode_cells
+from lragent_jax.study.episode_run import run_cell
+from lragent_jax.study.plan import FULL, REDUCED, STACKED_MODES, EpisodeCell, Sample, Scale, episode_cells
 from lragent_jax.study.results import Results
 from lragent_jax.study.study import RecordedStudy, Study
 from lragent_jax.study.workbench import BenchOptions, Workbench
@@ -239,6 +241,18 @@ def test_batches_shrink_where_the_pool_does_not_hold_them(model):
     assert {roomy.batch_size(tokens) for tokens in (100, 3000)} == {8}
     tight = Workbench(model, dataclasses.replace(OPTIONS, batch_size=8, pool_gigabytes=1e-9), 3000)
     assert (tight.batch_size(100), tight.batch_size(3000)) == (4, 1)
+
+
+def test_episodes_compile_nothing_that_was_compiled_ahead(model):
+    bench = Workbench(model, dataclasses.replace(OPTIONS, compile_ahead=True, prefill_buckets=(32,)), SCALE.longest)
+    shown = []
+    engine = bench.engine(SHARED, "base_lr", None, lambda done, total, what: shown.append(what))
+    assert shown[-1] == "ready"
+    cell = EpisodeCell(SHARED, "base_lr", 1100, 1, 2, 0)
+    with CompileWatch() as watch:
+        run_cell(cell, engine, bench.batch_size(cell.tokens), lambda *_: None)
+    assert watch.num_programs == 0
+    assert bench.engine(SHARED, "base_lr", None) is engine
 
 
 def test_another_kind_can_be_the_main_one(tmp_path):

@@ -93,7 +93,7 @@ class Study:
         """A cell's result. No engine outlives this call but the workbench's: beside it, the next would not fit."""
         layers = self._layers(cell.agents, cell.mode)
         with self._timed("episodes", [cell.mode]) as spent:
-            engine = self._bench.engine(cell.agents, cell.mode, layers)
+            engine = self._bench.engine(cell.agents, cell.mode, layers, self._labelled("compiling", 0, 0))
             result = run_cell(cell, engine, self._bench.batch_size(cell.tokens), progress)
         return result | spent
 

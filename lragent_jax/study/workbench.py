@@ -25,6 +25,7 @@ class BenchOptions:
     """How fast, not what: none of these decides a result but for rounding. None takes what fits the device.
 
     `batch_size` episodes run at a time, fewer where they are so long that `pool_gigabytes` do not hold them.
+    `compile_ahead`: whether an engine for episodes compiles all of its programs before the first, several at a time.
     """
 
     dtype: str | None = None
@@ -34,6 +35,7 @@ class BenchOptions:
     prefill_buckets: Sequence[int] | None = None
     decode_block: int | None = None
     implementation: str | None = None
+    compile_ahead: bool | None = None
 
     @classmethod
     def fitting(cls, **given: Any) -> "BenchOptions":
@@ -47,6 +49,7 @@ class BenchOptions:
             "pool_gigabytes": 6.0 if on_cpu else 40.0,
             "prefill_buckets": (32,) if on_cpu else (64, 256, 1024),
             "decode_block": 1 if on_cpu else 12,
+            "compile_ahead": not on_cpu,  # it compiles some programs too many, and a CPU has no cores to spare for that
         }
         return cls(**defaults | {name: value for name, value in given.items() if value is not None})
 
@@ -110,13 +113,20 @@ class Workbench:
             size //= 2
         return size
 
-    def engine(self, agents: AgentSet, mode: SharingMode, recompute_layers: Sequence[int] | None) -> Engine:
+    def engine(
+        self, agents: AgentSet, mode: SharingMode, recompute_layers: Sequence[int] | None,
+        progress: Progress | None = None,
+    ) -> Engine:  # fmt: skip
         """For episodes: a large pool."""
         key = (agents, mode, tuple(recompute_layers or ()))
         if self._engine is None or self._engine[0] != key:
             self.release()
             sizes = dict.fromkeys(("num_pages", "num_low_rank_pages", "num_recomputed_pages"), self._num_pages)
-            self._engine = key, self._make(agents, sharing=mode, recompute_layers=recompute_layers, **sizes)
+            engine = self._make(agents, sharing=mode, recompute_layers=recompute_layers, **sizes)
+            self._engine = key, engine
+            if self.options.compile_ahead:
+                assert self.options.batch_size is not None
+                engine.warmup(self.options.batch_size, progress, scoring=False)
         return self._engine[1]
 
     def small_engine(self, agents: AgentSet, recompute_layers: Sequence[int] | None) -> Engine:

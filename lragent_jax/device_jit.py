@@ -34,6 +34,8 @@ class DeviceJit:
     arguments, large trees, that lie there already. Where a positional argument is a `FlatTree`, the function gets its
     tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many times in a call, as a
     step of decoding is; elsewhere, bringing it up to date costs more than it spares.
+
+    No function that is itself jitted may call it: JAX takes compiler options at the top alone.
     """
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):
@@ -41,8 +43,7 @@ class DeviceJit:
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._function, self._jit_options = _given_trees(function), jit_options
         self._on_gpu = {} if cuda_graphs else NO_CUDA_GRAPHS
-        self._more: Mapping[str, str] = {}  # options that come before those
-        self._jits: dict[AbstractDevice, Any] = {}
+        self._current: tuple[Mapping[str, str], dict[AbstractDevice, Any]] = ({}, {})
 
     @contextlib.contextmanager
     def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
@@ -50,24 +51,27 @@ class DeviceJit:
 
         They go before those of the device. A call raises `jax.errors.JaxRuntimeError` if its compiler refuses one.
         """
-        before = self._more, self._jits
-        self._more, self._jits = options, {}
+        before = self._current
+        self._current = options, {}
         try:
             yield
         finally:
-            self._more, self._jits = before
+            self._current = before
 
     def compiler_options(self, device: AbstractDevice) -> dict[str, str]:
         """Those that it is compiled with for such a device."""
+        return self._options(device, self._current[0])
+
+    def _options(self, device: AbstractDevice, more: Mapping[str, str]) -> dict[str, str]:
         of_its_kind = COMPILER_OPTIONS.get(device.device_kind, {})
-        return {**of_its_kind, **(self._on_gpu if device.platform in GPU_PLATFORMS else {}), **self._more}
+        return {**of_its_kind, **(self._on_gpu if device.platform in GPU_PLATFORMS else {}), **more}
 
     def _jitted(self) -> Any:
-        device = this_device()
-        if device not in self._jits:
-            options = self.compiler_options(device)
-            self._jits[device] = jax.jit(self._function, compiler_options=options or None, **self._jit_options)
-        return self._jits[device]
+        device, (more, jits) = this_device(), self._current  # read once: another thread may set it meanwhile
+        if device not in jits:
+            options = self._options(device, more)
+            jits.setdefault(device, jax.jit(self._function, compiler_options=options or None, **self._jit_options))
+        return jits[device]
 
     def __call__(self, *args, **kwargs) -> Any:
         return self._jitted()(*self._moved(args, _on_all_devices), **kwargs)

@@ -36,7 +36,6 @@ from lragent_jax.models.tensor_parallel import (
     LORA_A_BY_ROW,
     WHOLE,
     look_up,
-    num_shards,
     per_shard,
     sum_over_shards,
 )
@@ -119,14 +118,14 @@ class ReducingLinear(Linear):
     ) -> Float[Array, "B T out_width"]:
         pair = adapters.pairs.get(target)
         if residual is not None:
-            if pair is None and num_shards() == 1:
+            if pair is None:
                 found = row_products(x, [self.kernel[...]], residual=residual, implementation=implementation)
                 if found is not None:
                     return found[0][0]
             return residual + self(x, target, adapters, implementation=implementation)
 
         def partial(x, kernel, pair: LoraPair | None, *chosen):
-            found = row_products(x, [kernel], implementation=implementation) if num_shards() > 1 else None
+            found = row_products(x, [kernel], implementation=implementation)
             y = matrix_product(_projection, x, kernel) if found is None else found[0][0]
             return sum_over_shards(y if pair is None else y + lora_delta(x, pair, *chosen))
 

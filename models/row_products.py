@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lragent_jax.kernels.row_matmul import Norm, Shrink, dispatch, row_matmul
-from lragent_jax.models.tensor_parallel import BY_COLUMN, WHOLE, is_per_shard, is_sharded, num_shards, per_shard
+from lragent_jax.models.tensor_parallel import BY_COLUMN, WHOLE, is_per_shard, num_shards, per_shard
 
 
 def row_products(
@@ -32,17 +32,20 @@ def row_products(
     done, and the caller's own operations are to do it.
 
     Where a mesh cuts the model, every device makes its own columns of the products, of weights that are cut so; inside
-    `per_shard`, products of its shards.
+    `per_shard`, products of its shards. A residual is for the caller to add there, behind the sum over shards.
     """
     B, T, width = x.shape
     if not dispatch.ENABLED_BY_DEFAULT or B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_cut_otherwise():
         return None
     if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
+    shards = num_shards()
+    if shards > dispatch.MOST_SHARDS_BY_DEFAULT or (residual is not None and shards > 1):
+        return None
     rows, weights = x.reshape(B * T, width), tuple(weights)
     by = None if norm is None else Norm(*norm)
     by_row = tuple(Shrink(lora_a, jnp.repeat(groups, T, axis=1)) for lora_a, groups in shrinks.values())
-    cuts = num_shards() if is_sharded() and not is_per_shard() else 1
+    cuts = 1 if is_per_shard() else shards
     if any(weight.shape[1] % cuts for weight in weights):
         return None
     of_shard = tuple(jax.ShapeDtypeStruct((width, weight.shape[1] // cuts), weight.dtype) for weight in weights)
@@ -64,7 +67,7 @@ def row_products(
         columns = BY_COLUMN  # of weights and products alike
         multiply = per_shard(
             multiply,
-            (WHOLE, columns, WHOLE, columns, WHOLE),
+            (WHOLE, columns, WHOLE, WHOLE, WHOLE),
             (*(columns,) * num_products, *(WHOLE,) * (keep_normed + len(by_row))),
         )
     results = multiply(

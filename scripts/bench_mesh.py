@@ -168,10 +168,17 @@ def of_a_step(short: list[list[Kernel]], long: list[list[Kernel]], num_steps: in
 
 
 def most_frequent(devices: list[list[Kernel]]) -> list[list[tuple[str, str, int]]]:
-    """(kernel, operation, how often) of every device, the most frequent first: to look where nothing was found."""
+    """(kernel, operation, how often) of every device, the most frequent first: to look where nothing was found.
+
+    Without the numbers by which a compiler tells those of one kind apart.
+    """
+
+    def kind(name: str) -> str:
+        return re.sub(r"[._]?\d+\b|_\d+(?=_)", "", name)[:60]
+
     return [
-        [(name[:60], operation[:40], count) for (name, operation), count
-         in collections.Counter((kernel.name, kernel.operation) for kernel in kernels).most_common(12)]
+        [(*names, count) for names, count
+         in collections.Counter((kind(kernel.name), kind(kernel.operation)) for kernel in kernels).most_common(40)]
         for kernels in devices
     ]  # fmt: skip
 

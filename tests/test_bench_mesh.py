@@ -36,6 +36,8 @@ def test_a_step_is_what_the_longer_trace_has_more_and_may_show_no_all_reduce():
     assert bench_mesh.all_reduce_share(found | {"step_ms": 4.0}) == bench_mesh.NOT_SEEN
     assert bench_mesh.all_reduce_share({"all_reduce_ms": 1.0, "step_ms": 4.0}) == 0.25
     assert bench_mesh.most_frequent(slower[:1]) == [[("gemm", "", 4), (prefill.name, "", 1)]]
+    numbered = [bench_mesh.Kernel(f"loop_add_fusion_{i}", i, 1, f"add.{i}.clone") for i in (1, 22)]
+    assert bench_mesh.most_frequent([numbered]) == [[("loop_add_fusion", "add.clone", 2)]]
 
 
 def test_a_compiler_option_is_a_name_and_a_value():

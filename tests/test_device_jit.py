@@ -1,6 +1,7 @@
 """Which compiler options a program gets: those of the device that it is compiled for, and no others."""
 
 import contextlib
+import threading
 
 import jax
 import numpy as np
@@ -45,6 +46,34 @@ def test_a_gpu_gets_graphs_where_they_are_asked_for(platform):
     assert plain.compiler_options(cpu) == graphs.compiler_options(gpu) == {}
     with plain.compiled_with({"xla_gpu_graph_min_graph_size": "5"}):
         assert plain.compiler_options(gpu) == {"xla_gpu_graph_min_graph_size": "5"}
+
+
+def test_a_thread_that_compiles_while_others_options_come_and_go_leaves_none_behind(monkeypatch):
+    double = DeviceJit(lambda x: 2 * x)
+    inside, over = threading.Event(), threading.Event()
+    jit, refused = jax.jit, []
+
+    def slow_jit(*args, **options):
+        if options["compiler_options"]:
+            inside.set()
+            assert over.wait(60)
+        return jit(*args, **options)
+
+    def call():
+        try:
+            double(3)
+        except jax.errors.JaxRuntimeError as error:
+            refused.append("not_an_option" in str(error))
+
+    monkeypatch.setattr(jax, "jit", slow_jit)
+    thread = threading.Thread(target=call)
+    with double.compiled_with({"not_an_option": "1"}):
+        thread.start()
+        assert inside.wait(60)
+    over.set()
+    thread.join()
+    assert refused == [True]
+    assert double(3) == 6
 
 
 def test_for_a_comparison_it_takes_others():

@@ -125,7 +125,7 @@ print("passed")
 """
 
 WITH_ROW_PRODUCTS = """
-import collections, types, sys
+import sys, types
 
 import jax
 from mesh_calls import ADAPTERS, CONFIG, TARGETS, weights
@@ -137,11 +137,11 @@ from lragent_jax.measure.tpu_report import collectives
 from lragent_jax.models.adapter import Adapter
 
 # A kernel like Hopper's, which takes what lies on one device. It does what XLA's operations do, and takes notes.
-calls = collections.Counter()
+calls = set()
 def row_matmul(x, weights, **options):
-    shrunk = [shrink.lora_a.shape for shrink in options["shrinks"]]
-    calls[x.shape, tuple(weight.shape for weight in weights), options["residual"] is not None, len(shrunk)] += 1
-    assert all(shape[1] == CONFIG.width for shape in shrunk)
+    shrinks, kept = options["shrinks"], options["keep_normed"]
+    assert all(shrink.lora_a.shape[1] == CONFIG.width for shrink in shrinks)
+    calls.add((x.shape, tuple(weight.shape for weight in weights), options["residual"] is None, len(shrinks), kept))
     return xla.row_matmul(x, weights, **options)
 
 kernel = types.ModuleType("kernel")
@@ -149,24 +149,21 @@ kernel.row_matmul, kernel.refuse = row_matmul, xla.refuse
 sys.modules[dispatch.__package__ + ".kernel"] = kernel
 WITH_KERNEL, WITHOUT = {"kernel": ("cpu",), **dispatch.IMPLEMENTATIONS}, dispatch.IMPLEMENTATIONS
 
-D, N, K, F, H = CONFIG.width, CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.mlp_width, CONFIG.head_dim
+D, N, K, F, H = CONFIG.width, CONFIG.num_heads // 2, CONFIG.num_kv_heads // 2, CONFIG.mlp_width // 2, CONFIG.head_dim
+qkv = ((1, D), ((D, N * H), (D, K * H), (D, K * H)), True)
+rows = {((1, width), ((width, D),), True, 0, False) for width in (N * H, F)}  # of o and down, summed over shards
+gate_up = ((1, D), ((D, F), (D, F)), True, 0, False)
 
-def products(n, all_adapted):
-    residual = n == 1
-    qkv = ((1, D), ((D, N * H // n), (D, K * H // n), (D, K * H // n)), False, 3 if all_adapted else 2)
-    o, down = (((1, width // n), ((width // n, D),), residual, 0) for width in (N * H, F))
-    gate_up = ((1, D), ((D, F // n), (D, F // n)), False, 0)
-    if not all_adapted:
-        return {qkv, gate_up, o, down}
-    return {qkv, o, down}
-
-for targets, devices in ((("q", "v"), (1, 4)), (TARGETS, (2,))):
+for sharing, targets, expected in (
+    ("base_lr", ("q", "v"), {(*qkv, 2, False), gate_up} | rows),
+    ("base_lr", TARGETS, {(*qkv, 3, False)} | rows),
+    ("none", ("q", "k", "v"), {(*qkv, 1, True), gate_up} | rows),  # what adapters of k and v read is kept
+):
     adapters = {agent: Adapter({key: pair for key, pair in adapter.weights.items() if key[1] in targets})
                 for agent, adapter in ADAPTERS.items()}
-    def run(n):
-        calls.clear()
-        engine = Engine(CONFIG, *weights(), adapters, sharing="base_lr", page_size=8, num_pages=24,
-                        prefill_buckets=(16,), decode_block=4, tensor_parallel=n)
+    def run(devices):
+        engine = Engine(CONFIG, *weights(), adapters, sharing=sharing, page_size=8, num_pages=24,
+                        prefill_buckets=(16,), decode_block=4, tensor_parallel=devices)
         with engine.trajectory().append(range(5, 20)) as trajectory:
             for agent in ("plan", "reflect"):
                 engine.generate(trajectory, agent, max_new_tokens=4, ignore_eos=True)
@@ -176,15 +173,23 @@ for targets, devices in ((("q", "v"), (1, 4)), (TARGETS, (2,))):
     want = run(1)
     assert not calls
     dispatch.IMPLEMENTATIONS = WITH_KERNEL
-    for n in devices:
-        jax.clear_caches()
-        assert run(n) == want, n
-        expected = products(n, targets == TARGETS)
-        assert calls.keys() == expected, (n, calls.keys() ^ expected)
-    workload = Workload(CONFIG, model_mesh(jax.devices()[:4]), targets=targets, rank=4, tokens=1, page_size=16,
-                        pages=99, width=8, dtype="float32", implementation=None)
-    reduces = collectives(workload.lower("decode").compile())["all-reduce"]["count"]
-    assert reduces == 2 * CONFIG.num_layers + 1, reduces
+    jax.clear_caches()
+    assert run(2) == want
+    assert calls == expected, calls ^ expected
+    calls.clear()
+
+    def lowered(devices):
+        return Workload(CONFIG, model_mesh(jax.devices()[:devices]), targets=targets, split=sharing != "none", rank=4,
+                        tokens=1, page_size=16, pages=99, width=8, dtype="float32", implementation=None).lower("decode")
+    found = collectives(lowered(2).compile())
+    assert calls == expected, calls ^ expected
+    assert found.keys() <= {"all-reduce", "all-gather"}, found
+    assert found["all-reduce"]["count"] == 2 * CONFIG.num_layers + 1, found
+    moved = sum(kind["bytes"] for kind in found.values())
+    assert moved <= 4 * (found["all-reduce"]["count"] * D + 3 * CONFIG.vocab_size), found
+    calls.clear()
+    lowered(4)
+    assert not calls  # too few columns are left to a device
 print("passed")
 """
 

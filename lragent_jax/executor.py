@@ -1,8 +1,9 @@
 """Runs batches: chunks of what their rows still lack, then token after token."""
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.flat_tree import FlatTree
 from lragent_jax.generation import NEVER, DecodeState, Slots
 from lragent_jax.models.cache_view import HostOrDevice, PageTable, RecomputedPages
-from lragent_jax.models.errors import OutOfPagesError
+from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.prefix_tree import Reused
@@ -312,7 +313,8 @@ class Executor:
         """Up to `num_steps` (at most `decode_block`) tokens per row: [B, decode_block], -1 behind a row's end."""
         state, kv_lens = generation.take(self.slots, batch.slot_ids)
         args, options = self.decode_arguments(batch, state, kv_lens, num_steps)
-        out, state, table, self.cache.arrays = generation.decode(*args, **options)
+        with self._said_of_implementation():
+            out, state, table, self.cache.arrays = generation.decode(*args, **options)
         self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
         return out
 
@@ -399,8 +401,20 @@ class Executor:
     def run_prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
         """`generation.prefill` over the engine's caches: logits and hidden states."""
         args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base)
-        logits, hidden, self.cache.arrays = generation.prefill(*args, **options)
+        with self._said_of_implementation():
+            logits, hidden, self.cache.arrays = generation.prefill(*args, **options)
         return logits, hidden
+
+    @contextlib.contextmanager
+    def _said_of_implementation(self) -> Iterator[None]:
+        """One of attention that was asked for and does not fit is the caller's to change."""
+        try:
+            yield
+        except NotImplementedError as reason:
+            raise InputError(
+                f"implementation={self.implementation!r} cannot run this model here: {reason}; without "
+                "implementation, the first that can is taken"
+            ) from reason
 
     def prefill_arguments(
         self, tokens, adapter_ids, table: PageTable, write_base: bool

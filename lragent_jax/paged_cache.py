@@ -182,9 +182,9 @@ class PagedCache:
         for name in pools:
             if num_pages > self.pools[name].num_pages:
                 raise OutOfPagesError(
-                    f"this call needs {num_pages} {name} pages of {self.page_size} tokens, there are "
-                    f"{self.pools[name].num_pages}: lower max_new_tokens, or build the engine with a larger "
-                    f"{_SIZE_OPTIONS[name]}"
+                    f"{num_tokens} tokens need {num_pages} {name} pages of {self.page_size} tokens, there are "
+                    f"{self.pools[name].num_pages}: shorten the prompt, lower max_new_tokens, or build the engine with "
+                    f"a larger {_SIZE_OPTIONS[name]}"
                 )
 
     def reserve(self, claims: Iterable[Claim]) -> None:

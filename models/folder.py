@@ -29,7 +29,7 @@ def find_model(path: str | os.PathLike) -> tuple[ModelKind, Path]:
     if path.is_file():
         raise CheckpointError(f"{path} is a file that is no .gguf; name the folder of the model")
     if not path.is_dir():
-        raise CheckpointError(f"there is no model at {path}")
+        raise CheckpointError(f"there is no model at {path}; nothing is downloaded: name a folder or file on this disk")
     if (path / checkpoint.MANIFEST_FILE).is_file():
         return ModelKind.CHECKPOINT, path
     if (path / huggingface.CONFIG_FILE).is_file():

@@ -20,9 +20,12 @@ def new_folder(folder: str | os.PathLike, *, marker: str, force: bool = False) -
     """
     target = Path(folder).absolute()
     _check_free(target, marker, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    draft.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be made: {error.strerror}; name another folder") from error
     try:
         yield draft
         # A folder cannot be renamed onto a full one: the old one steps aside first.

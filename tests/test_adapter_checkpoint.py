@@ -107,6 +107,14 @@ def test_a_folder_that_fails_halfway_leaves_what_was_there(tmp_path):
     assert (tmp_path / "plan" / "marker").read_text() == "old"
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "plan"
+    message = f"{target} cannot be made: .+; name another folder"
+    with pytest.raises(CheckpointError, match=message), new_folder(target, marker="marker"):
+        raise AssertionError("it was made")
+
+
 def edit_manifest(folder, **fields):
     path = folder / MANIFEST_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))

@@ -92,6 +92,19 @@ def test_the_installed_command_fails_in_its_own_words(tmp_path):
 REPLAY = ("--dtype", "float32", "--page-size", "16")
 
 
+def test_an_interruption_is_said_and_how_to_go_on(model, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lragent_jax.training.trainer.train", interrupted)
+    monkeypatch.setattr("lragent_jax.engine.Engine.from_pretrained", interrupted)
+    (tmp_path / "plan.jsonl").write_text("")
+    training = fail("train", model, "--agent", f"plan={tmp_path / 'plan.jsonl'}", "--out", tmp_path / "out", code=130)
+    assert "interrupted; the same command goes on from the last checkpoint" in training
+    generation = fail("generate", "--model", model, "--prompt", "x", code=130)
+    assert generation.splitlines()[-1] == "interrupted"
+
+
 def test_replay_prints_a_table_and_ends_with_json(model, folders, trajectory_file):
     out = succeed(
         "replay", trajectory_file, "--model", model, *agent_options(folders), *REPLAY, "--modes", "full", "--limit", 1
@@ -221,7 +234,10 @@ def test_generate_serves_token_ids_without_a_tokenizer(tmp_path):
 
 def test_generate_says_what_is_wrong(model, folders, tmp_path):
     command = ("generate", "--model", model, *GENERATE)
-    assert "unknown agent 'plan'" in fail(*command, "--prompt", "x", "--agent", "plan")
+    before = fail(*command, "--prompt", "x", "--agent", "plan") + fail(*command, "--prompt", "")
+    assert "unknown agent 'plan'" in before
+    assert "there is no text" in before
+    assert "reading the model" not in before
     assert "temperature" in fail(*command, "--prompt", "x", "--temperature", "-1")
     assert "the prompt cannot be read" in fail(*command, "-f", tmp_path / "absent.txt")
     assert "chat template" in fail(*command, "--prompt", "x", "--chat")

@@ -396,6 +396,15 @@ def refused(engine: Engine, error: type[Exception], match: str, call) -> None:
     assert len(engine.generate(QUESTION, "plan", max_new_tokens=2).token_ids) == 2
 
 
+def test_an_implementation_that_does_not_fit_is_the_callers_to_change():
+    engine = tiny_engine("base_lr", implementation="pallas_mosaic_gpu")
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"implementation='pallas_mosaic_gpu' cannot run .*float32.* the first that can"
+        ):
+            engine.generate(QUESTION, "plan", max_new_tokens=2)
+
+
 def test_bad_prompts_and_agents(engine):
     trajectory = engine.trajectory()
     refused(engine, InputError, "empty", lambda: engine.generate(trajectory, "plan"))

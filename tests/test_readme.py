@@ -1,8 +1,10 @@
 """What the README shows is there, and runs."""
 
+import asyncio
 import inspect
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import engines
@@ -87,6 +89,14 @@ def test_the_second_python_example_runs(monkeypatch, capsys):
     monkeypatch.setattr(lra.Engine, "from_pretrained", from_pretrained)
     exec(example, {"lra": lra})
     assert len(calls) == 1
+    assert len(capsys.readouterr().out) > 0
+
+
+def test_the_example_for_a_server_runs(capsys):
+    body = textwrap.indent(code_block("async with lra.AsyncEngine"), "    ")
+    names = {"lra": lra, "engine": engines.tiny_engine("base_lr", tokenizer=engines.ascii_tokenizer())}
+    exec(compile(f"async def main():\n{body}", "README.md", "exec"), names)
+    asyncio.run(names["main"]())
     assert len(capsys.readouterr().out) > 0
 
 

@@ -237,6 +237,12 @@ def test_adapters_of_another_form_are_not_started_from(trained, files, tmp_path,
     assert not (tmp_path / "further").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=r"cannot be made: .* is not writable"):
+        train("absent", {"plan": "absent.jsonl"}, tmp_path / "out")
+
+
 def test_folders_that_hold_something_else_are_refused(files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("keep me")

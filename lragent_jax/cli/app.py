@@ -11,7 +11,7 @@ from lragent_jax.models.errors import LRAgentError
 
 
 class _Commands(TyperGroup):
-    """Tells errors of ours in their own words, without a traceback."""
+    """Tells errors of ours, and that it was interrupted, in words, without a traceback."""
 
     def invoke(self, ctx) -> Any:
         try:
@@ -19,6 +19,10 @@ class _Commands(TyperGroup):
         except LRAgentError as error:
             stderr().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            advice = "; the same command goes on from the last checkpoint" if ctx.invoked_subcommand == "train" else ""
+            stderr().print(f"interrupted{advice}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

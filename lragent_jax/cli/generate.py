@@ -62,6 +62,11 @@ def generate(
     from lragent_jax.sampling_params import SamplingParams
 
     path, adapters = options.model_and_adapters(model, given)
+    if agent is not None and agent not in adapters:
+        known = ", ".join(map(repr, adapters)) or "none, give --adapter"
+        raise InputError(f"unknown agent {agent!r}; there are: {known} (without --agent the base model)")
+    if not context:
+        raise InputError("there is no text: --prompt, --file or standard input is empty")
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop)
     )

@@ -49,7 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, out: str | os.PathLike):
-        """Raises `CheckpointError` if `out` is there and is no folder of a training."""
+        """Raises `CheckpointError` if `out` is there and is no folder of a training, or could not be written."""
         self.path = Path(out).absolute()
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; name a folder to write")
@@ -57,6 +57,9 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} holds other things (no {MANIFEST_FILE}) and is not written to; name another folder"
             )
+        there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise CheckpointError(f"{self.path} cannot be made: {there} is not writable; name another folder")
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises one `CheckpointError` that lists how a training begun here differs from `settings`.

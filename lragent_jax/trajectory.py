@@ -109,6 +109,8 @@ class Trajectory:
         """The ids that `piece` would add, or `InputError` if they cannot be added."""
         ids = token_ids(self._encode(piece, not self._ids) if isinstance(piece, str) else piece, self._vocab_size)
         if len(self._ids) + len(ids) > self._context_length:
+            if not self._ids:
+                raise InputError(f"{len(ids)} tokens do not fit the model's context of {self._context_length}")
             raise InputError(
                 f"{len(self._ids)} tokens and {len(ids)} more do not fit the model's context of "
                 f"{self._context_length}; start a new trajectory or roll this one back"

@@ -82,7 +82,8 @@ def read_adapter(folder: str | os.PathLike, config: LlamaConfig) -> Adapter:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"there is no adapter folder {folder}")
+        found = ": it is a file" if folder.is_file() else ""
+        raise CheckpointError(f"there is no adapter folder {folder}{found}")
     if (folder / PEFT_CONFIG_FILE).is_file():
         return read_peft(folder, config)
     if (folder / MANIFEST_FILE).is_file():

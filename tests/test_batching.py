@@ -276,7 +276,7 @@ def test_scoring_takes_pages_from_who_runs_and_that_one_goes_on():
         assert engine.metrics().num_preempted == 1
         step(engine)
         assert call.requests[0].row is not None
-        with pytest.raises(OutOfPagesError, match="this call needs 193 base pages of 8 tokens, there are 192"):
+        with pytest.raises(OutOfPagesError, match="need 193 base pages of 8 tokens, there are 192"):
             engine.next_token_logits(other.append([1] * 1491), "agent3")
         assert engine.metrics().num_preempted == 1, "in vain for anybody"
     run_to_the_end(engine, call)

@@ -38,6 +38,13 @@ def test_it_takes_none_of_another_device(where, monkeypatch):
         assert this_device().device_kind == where
 
 
+def test_its_own_options_are_known_to_this_jax():
+    """Compilers for GPUs and CPUs take options of one list; a name that has gone would stop every prefill on a GPU."""
+    double = DeviceJit(lambda x: 2 * x)
+    with double.compiled_with(device_jit.NO_CUDA_GRAPHS):
+        assert double(3) == 6
+
+
 @pytest.mark.parametrize("platform", ["gpu", "cuda"])
 def test_a_gpu_gets_graphs_where_they_are_asked_for(platform):
     gpu, cpu = AbstractDevice("a GPU", None, platform), AbstractDevice("cpu", None, "cpu")

@@ -1,7 +1,7 @@
 """Names of agents, and where their adapters are in the bank."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax.sharding import Mesh
 
@@ -84,8 +84,7 @@ class AdapterRegistry:
         if name is None:
             return BASE_MODEL_ROW
         if not isinstance(name, str) or name not in self._loaded:
-            known = ", ".join(map(repr, self._loaded)) or "none is loaded"
-            raise AdapterError(f"unknown agent {name!r}; there are: {known} (None is the base model)")
+            raise unknown_agent(name, self._loaded)
         return self._loaded[name]
 
     def find_content(self, content: str | None) -> LoadedAdapter | None:
@@ -136,6 +135,11 @@ class AdapterRegistry:
         }
         self.bank, self.flat_bank = bank, FlatTree(bank)
         self._adapters, self._ranks, self._max_adapters = adapters, ranks, capacity
+
+
+def unknown_agent(name: object, known: Iterable[str]) -> AdapterError:
+    listed = ", ".join(map(repr, known)) or "none is loaded"
+    return AdapterError(f"unknown agent {name!r}; there are: {listed} (None is the base model)")
 
 
 def _check_name(name: str) -> None:

@@ -46,8 +46,6 @@ def row_products(
     by = None if norm is None else Norm(*norm)
     by_row = tuple(Shrink(lora_a, jnp.repeat(groups, T, axis=1)) for lora_a, groups in shrinks.values())
     cuts = 1 if is_per_shard() else shards
-    if any(weight.shape[1] % cuts for weight in weights):
-        return None
     of_shard = tuple(jax.ShapeDtypeStruct((width, weight.shape[1] // cuts), weight.dtype) for weight in weights)
     try:
         chosen = dispatch.choose(implementation, rows, of_shard, by, by_row)
@@ -62,13 +60,12 @@ def row_products(
             residual=residual, shrinks=by_row, weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
         )  # fmt: skip
 
-    num_products = 1 if gated else len(weights)
     if cuts > 1:
-        columns = BY_COLUMN  # of weights and products alike
+        products = (BY_COLUMN,) * (1 if gated else len(weights))
         multiply = per_shard(
             multiply,
-            (WHOLE, columns, WHOLE, WHOLE, WHOLE),
-            (*(columns,) * num_products, *(WHOLE,) * (keep_normed + len(by_row))),
+            (WHOLE, BY_COLUMN, WHOLE, WHOLE, WHOLE),
+            (*products, *(WHOLE,) * (keep_normed + len(by_row))),
         )
     results = multiply(
         rows, weights, by and by.scale, None if residual is None else residual.reshape(B * T, -1), by_row

@@ -57,14 +57,14 @@ def generate(
     layers = options.recompute_layers(recompute_layers, [mode])
     context = options.integers(token_ids, "--token-ids") if token_ids is not None else _text(prompt, file)
     from lragent_jax import compilation_cache
+    from lragent_jax.adapter_registry import unknown_agent
     from lragent_jax.compile_watch import CompileWatch
     from lragent_jax.engine import Engine
     from lragent_jax.sampling_params import SamplingParams
 
     path, adapters = options.model_and_adapters(model, given)
     if agent is not None and agent not in adapters:
-        known = ", ".join(map(repr, adapters)) or "none, give --adapter"
-        raise InputError(f"unknown agent {agent!r}; there are: {known} (without --agent the base model)")
+        raise unknown_agent(agent, adapters)
     if not context:
         raise InputError("there is no text: --prompt, --file or standard input is empty")
     params = SamplingParams(

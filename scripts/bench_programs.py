@@ -5,7 +5,8 @@ trajectory, greedy decoding, the host included, medians over `--repeats` calls, 
 things that a call is made of: milliseconds per step of a decode block (`--steps` of them) on a short context; the time
 to the first token of a few tokens behind a context, which is small work in many kernels; and that of a whole chunk.
 Figures stand beside those of the first variant, which is how the engine comes. Each is compiled from nothing. One that
-the compiler refuses says so.
+the compiler refuses says so. `same tokens` counts those of a greedy and of a sampled output that are the first
+variant's, up to the first that is not: with the same kernels it should be all of them.
 
 Candidates (`--variant NAME` takes some of them):
 
@@ -18,6 +19,8 @@ Candidates (`--variant NAME` takes some of them):
   until the block is over.
 * `kernels outside graphs`: XLA's own kernels are put into graphs, ours are not: they go into one by being captured anew
   whenever an argument has moved.
+* `one by one`: no kernel starts before the one in front of it is over (`kernels/dependent_launch.py`). `no graphs, one
+  by one`: that, and no graphs. `xla's early, too`: XLA's own kernels are compiled to start early as well.
 * `xla products`: a step's products and what stands around them by XLA's operations, where kernels of our own do them.
 
 The last line of standard output is one line of JSON.
@@ -28,9 +31,11 @@ The last line of standard output is one line of JSON.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +44,13 @@ from rich.table import Table
 
 from lragent_jax import generation
 from lragent_jax.device_jit import NO_CUDA_GRAPHS
+from lragent_jax.engine import Engine
+from lragent_jax.kernels import dependent_launch
 from lragent_jax.kernels.row_matmul import dispatch as row_matmul
 from lragent_jax.measure.bench_model import BenchModel
 from lragent_jax.measure.trace_run import Figures, clean_runs, decode_step, exactly, prefill_seconds, random_ids
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.sampling_params import SamplingParams
 
 GRAPHS = {"xla_gpu_graph_min_graph_size": "5"}  # as XLA does it, left alone
 LOOP_IN_A_GRAPH = {
@@ -51,15 +59,18 @@ LOOP_IN_A_GRAPH = {
 SAMPLING_IN_A_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"}
 KERNELS_OUTSIDE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN"}
 
+XLA_EARLY = {"xla_gpu_enable_pdl": "true", "xla_gpu_enable_pdl_launch": "true"}
+
 FEW_PER_REPEAT = 8  # these calls are short, and differ from each other by a tenth
 
 
 class Variant(NamedTuple):
-    """Compiler options of the two programs, and whether decode may take `kernels/row_matmul`."""
+    """Compiler options of the two programs; whether decode may take `kernels/row_matmul`, and kernels start early."""
 
     prefill: Mapping[str, str] = {}
     decode: Mapping[str, str] = {}
     row_matmul: bool = True
+    early: bool = True
 
 
 AS_IT_COMES = "as it comes"
@@ -70,6 +81,10 @@ VARIANTS = {
     "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
     "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
+    "one by one": Variant(early=False),
+    "no graphs, one by one": Variant(decode=NO_CUDA_GRAPHS, early=False),
+    "xla's early, too": Variant(prefill=XLA_EARLY, decode=XLA_EARLY),
+    "no graphs, xla's early, too": Variant(prefill=XLA_EARLY, decode=NO_CUDA_GRAPHS | XLA_EARLY),
     "xla products": Variant(row_matmul=False),
 }
 
@@ -94,7 +109,6 @@ class Sizes(NamedTuple):
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
     """What is compiled meanwhile is compiled so, and nothing is taken over from before: neither programs nor traces."""
-    default = row_matmul.ENABLED_BY_DEFAULT
     with contextlib.ExitStack() as stack:
         jax.clear_caches()
         stack.callback(jax.clear_caches)
@@ -102,21 +116,48 @@ def applied(variant: Variant) -> Iterator[None]:
             if options:
                 stack.enter_context(program.compiled_with(options))
         if not variant.row_matmul:
-            stack.callback(setattr, row_matmul, "ENABLED_BY_DEFAULT", default)
-            row_matmul.ENABLED_BY_DEFAULT = False
+            stack.enter_context(switched_off(row_matmul, "ENABLED_BY_DEFAULT"))
+        if not variant.early:
+            stack.enter_context(switched_off(dependent_launch, "ENABLED"))
         yield
 
 
-def measure(model: BenchModel, sizes: Sizes) -> Figures:
-    """Milliseconds of a decode step, of few tokens and of a chunk, and seconds that compiling took, of a new engine."""
+@contextlib.contextmanager
+def switched_off(module: ModuleType, switch: str) -> Iterator[None]:
+    before = getattr(module, switch)
+    setattr(module, switch, False)
+    try:
+        yield
+    finally:
+        setattr(module, switch, before)
+
+
+def outputs(engine: Engine, agent: str, num_tokens: int) -> list[list[int]]:
+    """A greedy one, and one that is drawn, behind the same prompt."""
+    drawn = SamplingParams(max_new_tokens=num_tokens, temperature=1.0, seed=0, ignore_eos=True)
+    return [engine.generate(random_ids(engine, 24), agent, how).token_ids for how in (exactly(num_tokens), drawn)]
+
+
+def num_same(found: list[list[int]], expected: list[list[int]]) -> list[int]:
+    """Of each output the tokens before the first that differs."""
+    pairs = [zip(*both, strict=True) for both in zip(found, expected, strict=True)]
+    return [len(list(itertools.takewhile(lambda both: both[0] == both[1], pair))) for pair in pairs]
+
+
+def measure(model: BenchModel, sizes: Sizes) -> dict[str, Any]:
+    """Milliseconds of a decode step, of few tokens and of a chunk, and seconds that compiling took, of a new engine.
+
+    And its `outputs`.
+    """
     pages = -(-sizes.longest // sizes.page_size) + 2
     engine = model.engine(
         "base_lr", sizes.longest, num_pages=pages, num_low_rank_pages=pages, page_size=sizes.page_size,
         prefill_buckets=sorted({16, sizes.chunk}), decode_block=sizes.steps, prefix_cache=False,
     )  # fmt: skip
     times = engine.warmup(scoring=False)
-    found = {"compile_s": times.lower_s + times.compile_s}
     agent = model.agents[0]
+    found: dict[str, Any] = {"compile_s": times.lower_s + times.compile_s}
+    found["tokens"] = outputs(engine, agent, sizes.steps)
 
     with engine.trajectory() as trajectory:
         trajectory.append(random_ids(engine, sizes.few))
@@ -136,11 +177,16 @@ def measure(model: BenchModel, sizes: Sizes) -> Figures:
 def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
     """The figures of every variant, or why there are none."""
     results: dict[str, Any] = {}
+    expected: list[list[int]] | None = None
     for name in names:
         print(f"{name}: compiling and running", file=sys.stderr, flush=True)
         try:
             with applied(VARIANTS[name]):
-                results[name] = measure(model, sizes)
+                found = measure(model, sizes)
+            tokens: list[list[int]] = found.pop("tokens")
+            if expected is None:
+                expected = tokens
+            results[name] = found | {"same_tokens": num_same(tokens, expected)}
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             results[name] = {"refused": str(error).splitlines()[0]}
     return results
@@ -149,13 +195,15 @@ def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
 def show(results: dict[str, Any]) -> None:
     """A table: figures, and how many times those of the first variant that has some."""
     columns = {"step_ms": "decode step", "few_ms": "a few tokens", "chunk_ms": "a chunk", "compile_s": "compiling, s"}
-    table = Table("variant", *columns.values(), title="milliseconds, and times those of the first that ran")
+    title = "milliseconds, and times those of the first that ran"
+    table = Table("variant", *columns.values(), "same tokens", title=title)
     first = next((figures for figures in results.values() if "step_ms" in figures), None)
     for name, figures in results.items():
         if "refused" in figures or first is None:
             table.add_row(name, figures.get("refused", ""))
             continue
-        table.add_row(name, *(f"{figures[key]:.3f} ({figures[key] / (first[key] or 1):.3f})" for key in columns))
+        times = [f"{figures[key]:.3f} ({figures[key] / (first[key] or 1):.3f})" for key in columns]
+        table.add_row(name, *times, " and ".join(map(str, figures["same_tokens"])))
     Console(stderr=True, width=140).print(table)
 
 

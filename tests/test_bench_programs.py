@@ -9,6 +9,7 @@ from script_modules import load_script
 
 from lragent_jax import generation
 from lragent_jax.device_jit import this_device
+from lragent_jax.kernels import dependent_launch
 from lragent_jax.kernels.row_matmul import dispatch
 
 bench_programs = load_script("bench_programs")
@@ -41,16 +42,23 @@ def test_variants_stand_side_by_side(monkeypatch, capsys, clearings):
     assert "not_an_option" in results.pop("refused")["refused"]
     for figures in results.values():
         assert all(figures[name] > 0 for name in ("step_ms", "few_ms", "chunk_ms", "compile_s"))
+        assert figures["same_tokens"] == [2, 2]
+
+
+def test_tokens_are_the_same_up_to_the_first_that_differs():
+    assert bench_programs.num_same([[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]) == [1, 3]
 
 
 def test_a_variant_applies_to_what_is_compiled_meanwhile():
     here, before = this_device(), generation.decode._jitted()
-    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False)):
+    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False, early=False)):
         assert not dispatch.ENABLED_BY_DEFAULT
+        assert not dependent_launch.ENABLED
         assert generation.decode.compiler_options(here) == {"not_an_option": "1"}
         assert generation.decode._jitted() is not before
         assert generation.prefill.compiler_options(here) == {}
     assert dispatch.ENABLED_BY_DEFAULT
+    assert dependent_launch.ENABLED
     assert generation.decode._jitted() is before
 
 

@@ -19,8 +19,6 @@ Candidates (`--variant NAME` takes some of them):
   until the block is over.
 * `kernels outside graphs`: XLA's own kernels are put into graphs, ours are not: they go into one by being captured anew
   whenever an argument has moved.
-* `one by one`: no kernel starts before the one in front of it is over (`kernels/dependent_launch.py`). `no graphs, one
-  by one`: that, and no graphs. `xla's early, too`: XLA's own kernels are compiled to start early as well.
 * `xla products`: a step's products and what stands around them by XLA's operations, where kernels of our own do them.
 
 The last line of standard output is one line of JSON.
@@ -35,7 +33,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +42,6 @@ from rich.table import Table
 from lragent_jax import generation
 from lragent_jax.device_jit import NO_CUDA_GRAPHS
 from lragent_jax.engine import Engine
-from lragent_jax.kernels import dependent_launch
 from lragent_jax.kernels.row_matmul import dispatch as row_matmul
 from lragent_jax.measure.bench_model import BenchModel
 from lragent_jax.measure.trace_run import Figures, clean_runs, decode_step, exactly, prefill_seconds, random_ids
@@ -59,18 +55,15 @@ LOOP_IN_A_GRAPH = {
 SAMPLING_IN_A_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"}
 KERNELS_OUTSIDE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN"}
 
-XLA_EARLY = {"xla_gpu_enable_pdl": "true", "xla_gpu_enable_pdl_launch": "true"}
-
 FEW_PER_REPEAT = 8  # these calls are short, and differ from each other by a tenth
 
 
 class Variant(NamedTuple):
-    """Compiler options of the two programs; whether decode may take `kernels/row_matmul`, and kernels start early."""
+    """Compiler options of the two programs, and whether decode may take `kernels/row_matmul`."""
 
     prefill: Mapping[str, str] = {}
     decode: Mapping[str, str] = {}
     row_matmul: bool = True
-    early: bool = True
 
 
 AS_IT_COMES = "as it comes"
@@ -81,10 +74,6 @@ VARIANTS = {
     "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
     "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
-    "one by one": Variant(early=False),
-    "no graphs, one by one": Variant(decode=NO_CUDA_GRAPHS, early=False),
-    "xla's early, too": Variant(prefill=XLA_EARLY, decode=XLA_EARLY),
-    "no graphs, xla's early, too": Variant(prefill=XLA_EARLY, decode=NO_CUDA_GRAPHS | XLA_EARLY),
     "xla products": Variant(row_matmul=False),
 }
 
@@ -116,20 +105,9 @@ def applied(variant: Variant) -> Iterator[None]:
             if options:
                 stack.enter_context(program.compiled_with(options))
         if not variant.row_matmul:
-            stack.enter_context(switched_off(row_matmul, "ENABLED_BY_DEFAULT"))
-        if not variant.early:
-            stack.enter_context(switched_off(dependent_launch, "ENABLED"))
+            stack.callback(setattr, row_matmul, "ENABLED_BY_DEFAULT", row_matmul.ENABLED_BY_DEFAULT)
+            row_matmul.ENABLED_BY_DEFAULT = False
         yield
-
-
-@contextlib.contextmanager
-def switched_off(module: ModuleType, switch: str) -> Iterator[None]:
-    before = getattr(module, switch)
-    setattr(module, switch, False)
-    try:
-        yield
-    finally:
-        setattr(module, switch, before)
 
 
 def outputs(engine: Engine, agent: str, num_tokens: int) -> list[list[int]]:

@@ -9,7 +9,6 @@ from script_modules import load_script
 
 from lragent_jax import generation
 from lragent_jax.device_jit import this_device
-from lragent_jax.kernels import dependent_launch
 from lragent_jax.kernels.row_matmul import dispatch
 
 bench_programs = load_script("bench_programs")
@@ -51,14 +50,12 @@ def test_tokens_are_the_same_up_to_the_first_that_differs():
 
 def test_a_variant_applies_to_what_is_compiled_meanwhile():
     here, before = this_device(), generation.decode._jitted()
-    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False, early=False)):
+    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False)):
         assert not dispatch.ENABLED_BY_DEFAULT
-        assert not dependent_launch.ENABLED
         assert generation.decode.compiler_options(here) == {"not_an_option": "1"}
         assert generation.decode._jitted() is not before
         assert generation.prefill.compiler_options(here) == {}
     assert dispatch.ENABLED_BY_DEFAULT
-    assert dependent_launch.ENABLED
     assert generation.decode._jitted() is before
 
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lragent_jax.kernels.dependent_launch import wait_for_kernels_before
 from lragent_jax.kernels.hopper import refuse_other_gpus
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.page_write.arguments import Expansion, LowRank, Pools, Projections, Rotation, Slots
@@ -184,7 +183,6 @@ def write_low_rank(s: Shapes, inputs: Inputs, target: int, pool, token) -> Calla
 
 def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
     """Everything that a program needs is under way before it waits for any of it, where it goes to included."""
-    wait_for_kernels_before()
     token = lax.axis_index("token")
     tasks = [functools.partial(write_base, s, inputs, pools.kv, token)] if s.base else []
     for target, pool in enumerate((pools.low_rank_v, pools.low_rank_k)):

@@ -19,7 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from lragent_jax.kernels.dependent_launch import wait_for_kernels_before
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
@@ -88,7 +87,7 @@ class Shapes:
     tiles: int
     block_k: int
     stages: int
-    weights_at_rest: bool
+    early: bool
     interpret: bool
     shrinks: tuple[tuple[int, int], ...] = ()  # of each: tables, rank
 
@@ -175,13 +174,17 @@ def bring(refs, block, s: Shapes) -> None:
         bring_weights(turn)
 
     ahead = min(s.stages, s.turns)
-    if not s.weights_at_rest:
-        wait_for_kernels_before()
     lax.fori_loop(0, ahead, lambda turn, _: bring_weights(turn), None)
-    if s.weights_at_rest:
-        wait_for_kernels_before()
+    after_kernels_before(s)
     lax.fori_loop(0, ahead, lambda turn, _: bring_rows(turn), None)
     lax.fori_loop(ahead, s.turns, step, None)
+
+
+def after_kernels_before(s: Shapes) -> None:
+    """From here on what the kernels before wrote may be read; and the kernel behind this one may start to wait."""
+    if s.early:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
 
 
 def over_rows(per_lane, s: Shapes):
@@ -222,7 +225,7 @@ def write_normed(refs, turn, x, s: Shapes) -> None:
 
 def compute(refs, block, s: Shapes, *accumulators) -> None:
     """The compute warpgroup: all of the contraction, for the block's columns."""
-    wait_for_kernels_before()
+    after_kernels_before(s)
     factor = None if s.eps is None else reciprocal_rms(refs, s)
     dtype, layout = refs.x.dtype, row_layout()
 
@@ -329,7 +332,7 @@ def shrink(refs, lora_a, out, group, row, s: Shapes) -> None:
 
 def shrink_rows(refs, block, s: Shapes) -> None:
     """The blocks behind those of the tiles: one for every row of every table."""
-    wait_for_kernels_before()
+    after_kernels_before(s)
     start = s.num_blocks
     for (tables, _), lora_a, groups, out in zip(s.shrinks, refs.lora_a, refs.groups, refs.shrunk, strict=True):
 
@@ -479,7 +482,7 @@ def row_matmul(
         tiles=1,
         block_k=LANES,
         stages=2,
-        weights_at_rest=weights_at_rest,
+        early=weights_at_rest and hasattr(plgpu, "griddepcontrol_wait"),  # from JAX 0.11 on
         interpret=is_interpreted(),
         shrinks=tuple((each.groups.shape[0], each.lora_a.shape[2]) for each in shrinks),
     )

@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.dependent_launch import wait_for_kernels_before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import LEAST
@@ -53,7 +52,6 @@ def joined(partial, num_parts, r: int, aux_lane: int):
 
 
 def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_lane: int, return_lse: bool):
-    wait_for_kernels_before()
     refs = list(refs)
     num_parts, partial = refs.pop(0), refs.pop(0)
     ids = refs.pop(0) if num_adapters else None

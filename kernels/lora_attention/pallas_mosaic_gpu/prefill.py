@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.dependent_launch import wait_for_kernels_before
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
@@ -202,7 +201,6 @@ def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory,
 
 
 def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, barriers: Barriers) -> None:
-    wait_for_kernels_before()
     warpgroup = lax.axis_index("warpgroup")
     tile = this_tile(cfg, inputs)
     all_steps = jnp.maximum(tile.steps(cfg, 0), tile.steps(cfg, 1))

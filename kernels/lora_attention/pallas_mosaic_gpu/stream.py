@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from lragent_jax.kernels.dependent_launch import wait_for_kernels_before
 from lragent_jax.kernels.lora_attention.arguments import LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import attend, finish, hand_over, join
@@ -91,7 +90,6 @@ def items_of_lane(refs, lane, shapes: Shapes, run, end=lambda num_blocks: None) 
 
 def stream_kernel(refs, shapes: Shapes):
     """One lane and kv head; see the module."""
-    wait_for_kernels_before()
     lane, head, warpgroup = lax.axis_index("lane"), lax.axis_index("head"), lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == shapes.compute)

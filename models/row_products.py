@@ -57,7 +57,7 @@ def row_products(
     def multiply(rows, weights, scale, residual, by_row):
         return row_matmul(
             rows, weights, norm=by and by._replace(scale=scale), keep_normed=keep_normed, gated=gated,
-            residual=residual, shrinks=by_row, weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=chosen,
+            residual=residual, shrinks=by_row, implementation=chosen,
         )  # fmt: skip
 
     if cuts > 1:

@@ -19,7 +19,6 @@ def row_matmul(
     gated: bool = False,
     residual: Array | None = None,
     shrinks: Sequence[Shrink] = (),
-    weights_at_rest: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
     """f(x) W for every W of `weights`, where the weights' bytes are what it takes: each is read once.
@@ -35,8 +34,6 @@ def row_matmul(
       gated: the two weights, of one shape, are a gate's and its input's: the only result is silu(x W_0) · (x W_1).
       residual: [rows, out], added to the only result.
       shrinks: A's of adapters that f(x) is multiplied by, too, each row by those of its own groups; no other is read.
-      weights_at_rest: whether the weights are what the program was called with, and not what an operation just before
-        makes of something: then they may be read while that operation still runs.
       implementation: "pallas_mosaic_gpu" or "xla"; None takes the first that fits.
 
     Returns:
@@ -57,8 +54,7 @@ def row_matmul(
         raise ValueError(f"residual is given with {len(weights)} weights; it can be added to one result only")
     chosen = choose(implementation, x, weights, norm, shrinks)
     return run(
-        chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual,
-        shrinks=shrinks, weights_at_rest=weights_at_rest,
+        chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual, shrinks=shrinks
     )  # fmt: skip
 
 

@@ -20,10 +20,8 @@ MOST_ROWS_BY_DEFAULT = 1
 # How many devices a model may be cut for. A block of the kernel makes 64 columns: those of an eighth of q, k and v fill
 # a tenth of an H100. Nothing was measured beyond one device.
 MOST_SHARDS_BY_DEFAULT = 2
-# Where models may take it: whether also where a residual is added, and whether it may read weights, which in models are
-# always at rest, while the operation before still runs.
+# Whether models may take it where a residual is added, too.
 RESIDUAL_BY_DEFAULT = True
-EARLY_BY_DEFAULT = False
 
 
 def load(name: str) -> ModuleType:

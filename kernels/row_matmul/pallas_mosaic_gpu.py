@@ -87,7 +87,6 @@ class Shapes:
     tiles: int
     block_k: int
     stages: int
-    early: bool
     interpret: bool
     shrinks: tuple[tuple[int, int], ...] = ()  # of each: tables, rank
 
@@ -175,16 +174,8 @@ def bring(refs, block, s: Shapes) -> None:
 
     ahead = min(s.stages, s.turns)
     lax.fori_loop(0, ahead, lambda turn, _: bring_weights(turn), None)
-    after_kernels_before(s)
     lax.fori_loop(0, ahead, lambda turn, _: bring_rows(turn), None)
     lax.fori_loop(ahead, s.turns, step, None)
-
-
-def after_kernels_before(s: Shapes) -> None:
-    """From here on what the kernels before wrote may be read; and the kernel behind this one may start to wait."""
-    if s.early:
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
 
 def over_rows(per_lane, s: Shapes):
@@ -225,7 +216,6 @@ def write_normed(refs, turn, x, s: Shapes) -> None:
 
 def compute(refs, block, s: Shapes, *accumulators) -> None:
     """The compute warpgroup: all of the contraction, for the block's columns."""
-    after_kernels_before(s)
     factor = None if s.eps is None else reciprocal_rms(refs, s)
     dtype, layout = refs.x.dtype, row_layout()
 
@@ -332,7 +322,6 @@ def shrink(refs, lora_a, out, group, row, s: Shapes) -> None:
 
 def shrink_rows(refs, block, s: Shapes) -> None:
     """The blocks behind those of the tiles: one for every row of every table."""
-    after_kernels_before(s)
     start = s.num_blocks
     for (tables, _), lora_a, groups, out in zip(s.shrinks, refs.lora_a, refs.groups, refs.shrunk, strict=True):
 
@@ -466,7 +455,6 @@ def row_matmul(
     gated: bool,
     residual: Float[Array, "rows out"] | None,
     shrinks: tuple[Shrink, ...] = (),
-    weights_at_rest: bool = False,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`."""
@@ -482,7 +470,6 @@ def row_matmul(
         tiles=1,
         block_k=LANES,
         stages=2,
-        early=weights_at_rest and hasattr(plgpu, "griddepcontrol_wait"),  # from JAX 0.11 on
         interpret=is_interpreted(),
         shrinks=tuple((each.groups.shape[0], each.lora_a.shape[2]) for each in shrinks),
     )

@@ -22,9 +22,8 @@ def row_matmul(
     gated: bool,
     residual: Float[Array, "rows out"] | None,
     shrinks: tuple[Shrink, ...] = (),
-    weights_at_rest: bool = False,
 ) -> tuple[Array, ...]:
-    """See `api.row_matmul`; `weights_at_rest` changes nothing here."""
+    """See `api.row_matmul`."""
     if norm is not None:
         x = rms_norm(x, norm.scale, norm.eps)
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT  # no TF32 for f32

@@ -67,7 +67,7 @@ def by_xla(x, weights, *, norm=None, keep_normed=False, gated=False, residual=No
 
 def by_kernel(x, weights, **options) -> tuple[Array, ...]:
     """What they do where `row_matmul`'s kernel is switched on."""
-    return row_matmul(x, weights, weights_at_rest=dispatch.EARLY_BY_DEFAULT, implementation=KERNEL, **options)
+    return row_matmul(x, weights, implementation=KERNEL, **options)
 
 
 def exact(x, weights, *, norm=None, residual=None, **options) -> tuple[Array, ...]:

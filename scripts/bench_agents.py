@@ -112,8 +112,9 @@ def run_regimes(arguments: argparse.Namespace, keep: Callable[[Results], None]) 
         model = BenchModel(setting.config, setting.dtype, setting.rank)
         for chunk in arguments.trace:
             found = measure_trace(
-                model, setting, chunk, arguments.modes, arguments.prefill_buckets, not arguments.no_solo
-            )
+                model, setting, chunk, arguments.modes, arguments.prefill_buckets, not arguments.no_solo,
+                beside=arguments.trace,
+            )  # fmt: skip
             for result in found:
                 keep(_profile_apart(result) | {"trace": {str(chunk): about | result}})
         if arguments.batch:

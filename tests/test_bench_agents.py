@@ -60,6 +60,15 @@ def test_a_trace_and_a_batch(run, tmp_path):
     ]  # fmt: skip
 
 
+def test_traces_of_one_run_share_their_programs(run):
+    found, _ = run("--trace", "8,16", "--modes", "base_lr", "--no-solo")
+    first, second = (found["trace"][length] for length in ("8", "16"))
+    assert (first["total_tokens"], second["total_tokens"]) == (944, 976)
+    assert first["prefill_buckets"] == second["prefill_buckets"]
+    assert first["modes"]["base_lr"]["num_programs"] > 0
+    assert second["modes"]["base_lr"]["num_programs"] == 0
+
+
 def test_what_agents_and_trajectories_cost(run):
     found, _ = run("--memory", "--agents", "3", "--preset", "llama-3.1-8b", "--dtype", "bfloat16")
     memory = found["memory"]

@@ -39,22 +39,26 @@ def measure_trace(
     modes: Sequence[SharingMode],
     buckets: Sequence[int] | None = None,
     solo: bool = True,
+    beside: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself.
 
-    After every mode, all that is known by then.
+    `beside` are the other traces of this run: where the longest of them fits, engines are made for it, and have chunks
+    for all, so that programs are compiled once. After every mode, all that is known by then.
     """
     calls = react_trace(chunk)
-    total = num_tokens(calls)
-    buckets = sorted(buckets or trace_buckets(chunk))
-    context_length = total + spare_tokens(setting)  # of the longest trace it exceeds the preset's
-    num_pages = setting.budget.pages(context_length) + 1
-    together = pool_options(modes, len(model.agents), num_pages)
+    total, longest = (num_tokens(react_trace(length)) for length in (chunk, max(chunk, *beside)))
+    buckets = sorted(buckets or {size for length in (chunk, *beside) for size in trace_buckets(length)})
+    context_length = longest + spare_tokens(setting)  # of the longest trace it exceeds the preset's
+    together, alone = (
+        functools.partial(pool_options, num_agents=len(model.agents), num_pages=setting.budget.pages(length) + 1)
+        for length in (context_length, total + spare_tokens(setting))
+    )
     result: dict[str, Any] = {"total_tokens": total, "prefill_buckets": buckets, "modes": {}}
     for mode in modes:
-        pools = together[mode]
+        pools = together(modes)[mode]
         if missing_bytes(model, setting, pools, buckets[-1]):
-            pools = pool_options([mode], len(model.agents), num_pages)[mode]
+            pools = alone([mode])[mode]
         if missing := missing_bytes(model, setting, pools, buckets[-1]):
             result["modes"][mode] = missing
             say(f"{mode}: {total:,} tokens need {missing['bytes_needed']:,} bytes, "

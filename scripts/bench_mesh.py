@@ -110,10 +110,13 @@ class Kernel(NamedTuple):
 
 
 def is_all_reduce(kernel: Kernel) -> bool:
-    """Whether it is one by its own name, as NCCL's kernels are, or by its operation's; what it copies is no kernel."""
+    """Whether it is one by its own name, as NCCL's kernels are, or by its operation's; what it copies is no kernel.
+
+    XLA's own are fusions that bear the name of JAX's operation: psum.
+    """
     if re.match("mem(cpy|set)", kernel.name, re.IGNORECASE):
         return False
-    return re.search(r"all[-_]?reduce", f"{kernel.name} {kernel.operation}", re.IGNORECASE) is not None
+    return re.search(r"all[-_]?reduce|\bpsum", f"{kernel.name} {kernel.operation}", re.IGNORECASE) is not None
 
 
 def all_reduce_ms(devices: Iterable[list[Kernel]]) -> tuple[float, float, int]:

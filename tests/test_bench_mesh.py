@@ -17,6 +17,8 @@ def test_an_all_reduce_takes_what_the_last_device_takes():
     last = [Kernel("all_reduce_kernel", 31e6, 4e6), Kernel("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 12e6, 2e6)]
     assert bench_mesh.all_reduce_ms([first, last]) == pytest.approx((4.0, 6.5, 2))
     assert bench_mesh.all_reduce_ms([first, last[:1]]) == pytest.approx((4.0, 5.5, 2))
+    own = [Kernel("psum_fusion", 0, 3e6, "psum-fusion.7"), Kernel("loop_add_fusion", 3e6, 1e6, "add.2")]
+    assert bench_mesh.all_reduce_ms([own]) == pytest.approx((3.0, 3.0, 1))
     assert bench_mesh.all_reduce_ms([]) == bench_mesh.all_reduce_ms([first[:1]]) == (0.0, 0.0, 0)
 
 

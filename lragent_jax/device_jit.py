@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, NamedSharding, SingleDeviceSharding
 
 from lragent_jax.flat_tree import FlatTree
-from lragent_jax.models.tensor_parallel import WHOLE, is_sharded
+from lragent_jax.models.tensor_parallel import WHOLE, is_sharded, num_shards
 
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # Left alone, the compiler gives what a loop reads tiles of 16 x 128, where arguments have 8 x 128: a copy of all
@@ -24,6 +24,21 @@ GPU_PLATFORMS = ("gpu", "cuda", "rocm")
 
 NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
 """For a GPU's compiler, which else makes graphs of what it launches, and updates one whenever an argument has moved."""
+
+
+# XLA's own kernel for small all-reduces goes into no graph, and so cuts a step into one graph per layer and more:
+# between them the devices wait for the host. NCCL's takes a little longer and goes into the graph of the whole step.
+_NCCL_ALONE = (
+    {"xla_gpu_experimental_use_collective_kernels": "COLLECTIVE_KERNEL_ALL_GATHER"}
+    if jax.__version_info__ >= (0, 11)
+    else {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": "False"}
+)
+CUDA_GRAPHS_OF_SEVERAL = _NCCL_ALONE | {
+    "xla_gpu_enable_command_buffer":
+    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES,CONDITIONAL",
+}  # fmt: skip
+"""For a GPU's compiler, of a program that several devices run together as graphs: all-reduces, and the choice between
+drawing a token and taking the likeliest, are part of them."""
 
 
 class DeviceJit:
@@ -42,8 +57,8 @@ class DeviceJit:
         functools.update_wrapper(self, function)
         self._is_resident = [name in resident for name in inspect.signature(function).parameters]
         self._function, self._jit_options = _given_trees(function), jit_options
-        self._on_gpu = {} if cuda_graphs else NO_CUDA_GRAPHS
-        self._current: tuple[Mapping[str, str], dict[AbstractDevice, Any]] = ({}, {})
+        self._cuda_graphs = cuda_graphs
+        self._current: tuple[Mapping[str, str], dict[tuple[AbstractDevice, bool], Any]] = ({}, {})
 
     @contextlib.contextmanager
     def compiled_with(self, options: Mapping[str, str]) -> Iterator[None]:
@@ -59,19 +74,24 @@ class DeviceJit:
             self._current = before
 
     def compiler_options(self, device: AbstractDevice) -> dict[str, str]:
-        """Those that it is compiled with for such a device."""
-        return self._options(device, self._current[0])
+        """Those that it is compiled with for such a device, or for several where a mesh of them is current."""
+        return self._options(device, num_shards() > 1, self._current[0])
 
-    def _options(self, device: AbstractDevice, more: Mapping[str, str]) -> dict[str, str]:
-        of_its_kind = COMPILER_OPTIONS.get(device.device_kind, {})
-        return {**of_its_kind, **(self._on_gpu if device.platform in GPU_PLATFORMS else {}), **more}
+    def _options(self, device: AbstractDevice, is_cut: bool, more: Mapping[str, str]) -> dict[str, str]:
+        options = dict(COMPILER_OPTIONS.get(device.device_kind, {}))
+        if device.platform in GPU_PLATFORMS and not self._cuda_graphs:
+            options |= NO_CUDA_GRAPHS
+        elif device.platform in GPU_PLATFORMS and is_cut:
+            options |= CUDA_GRAPHS_OF_SEVERAL
+        return options | dict(more)
 
     def _jitted(self) -> Any:
-        device, (more, jits) = this_device(), self._current  # read once: another thread may set it meanwhile
-        if device not in jits:
-            options = self._options(device, more)
-            jits.setdefault(device, jax.jit(self._function, compiler_options=options or None, **self._jit_options))
-        return jits[device]
+        key = this_device(), num_shards() > 1
+        more, jits = self._current  # read once: another thread may set it meanwhile
+        if key not in jits:
+            options = self._options(*key, more)
+            jits.setdefault(key, jax.jit(self._function, compiler_options=options or None, **self._jit_options))
+        return jits[key]
 
     def __call__(self, *args, **kwargs) -> Any:
         return self._jitted()(*self._moved(args, _on_all_devices), **kwargs)

@@ -9,8 +9,9 @@ A trace without any says nothing about their share, and neither does this script
 
 Two comparisons of tokens: of a few layers in float32, generated ones, up to the first whose two best scores lie within
 1e-3 of each other (from there on either may come); of the whole model in bfloat16, the best token behind every token of
-one recorded output, apart from those whose two best scores lie closer than bfloat16 tells apart. The last line of
-standard output is one line of JSON.
+one recorded output, apart from those whose two best scores lie closer than bfloat16 tells apart. And a drawn output of
+several devices is compared with what their own scores and the same random numbers give. The last line of standard
+output is one line of JSON.
 
     python scripts/bench_mesh.py --devices 2
 """
@@ -39,6 +40,7 @@ from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import random_adapter
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import random_params
+from lragent_jax.sampling import sample, sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.trajectory import Trajectory
 
@@ -243,6 +245,21 @@ def generate_and_score(engine: Engine, length: int, count: int) -> tuple[list[in
         return ids, engine.score(trajectory, ids, "plan")
 
 
+def drawn_as_scored(engine: Engine, length: int, count: int) -> tuple[int, int]:
+    """Of how many drawn tokens: those that scores of the same output and the same random numbers give, too.
+
+    Scores come from a prefill, which rounds otherwise than decoding: a few may be others. Were they not drawn at all,
+    or from other numbers, nearly all would be.
+    """
+    how = SamplingParams(max_new_tokens=count, temperature=1.0, seed=1, ignore_eos=True)
+    with open_context(engine, length) as trajectory:
+        ids = engine.generate(trajectory, "plan", how).token_ids
+    logits = score(engine, length, ids)
+    arrays = sampling_arrays([how] * count, [count] * count, (), count)
+    again = jax.jit(sample)(logits, arrays, np.arange(count, dtype=np.int32))
+    return int((np.asarray(again) == ids).sum()), count
+
+
 def score(engine: Engine, length: int, ids: list[int]) -> np.ndarray:
     with open_context(engine, length) as trajectory:
         return engine.score(trajectory, ids, "plan")
@@ -284,6 +301,8 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
             ids, logits = generate_and_score(engine, setting.contexts[0], setting.decoded)
         else:
             logits = score(engine, setting.contexts[0], ids)
+            same, drawn = drawn_as_scored(engine, setting.contexts[0], setting.decoded)
+            tokens["drawn"] = {"equal": same, "compared": drawn}
         scores.append(logits)
         times[count] = measure(engine, setting, trace=count > 1)
         say(f"{count} devices measured", started)
@@ -319,6 +338,9 @@ def show(report: dict[str, Any]) -> None:
             length, f"{row['one_ms']:.3f}", f"{row['several_ms']:.3f}", verdict, f"<= {ASKED_RATIO:.2f}", *all_reduces
         )
     for dtype, row in report["tokens"].items():
+        if dtype == "drawn":
+            table.add_row("tokens", "drawn", f"{row['compared']} compared:", f"{row['equal']} as scored")
+            continue
         said = "the same" if row["equal"] else "DIFFERENT"
         table.add_row(
             "tokens",

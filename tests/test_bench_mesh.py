@@ -86,6 +86,7 @@ def test_a_tiny_engine_is_measured(capsys):
     ids, logits = bench_mesh.generate_and_score(engine, 9, 4)
     again = bench_mesh.score(engine, 9, ids)
     assert bench_mesh.compare_generated((ids, logits), (logits.argmax(-1).tolist(), again))["equal"]
+    assert bench_mesh.drawn_as_scored(engine, 9, 8) == (8, 8)
     times = bench_mesh.measure(engine, setting, trace=False)
     assert times.keys() == {"9", "20"}
     assert all(result["step_ms"] > 0 for result in times.values())
@@ -94,9 +95,11 @@ def test_a_tiny_engine_is_measured(capsys):
            "all_reduces": 65.0, "all_reduce_share": 0.13}  # fmt: skip
     unseen = row | {"all_reduce_ms": None, "all_reduce_share": bench_mesh.NOT_SEEN}
     bench_mesh.show({"devices": 2, "preset": "tiny", "device": "cpu", "contexts": {"9": row, "20": unseen},
-                     "tokens": {"bfloat16": bench_mesh.compare_scored(logits, again)}})  # fmt: skip
+                     "tokens": {"drawn": {"equal": 7, "compared": 8},
+                                "bfloat16": bench_mesh.compare_scored(logits, again)}})  # fmt: skip
     shown = capsys.readouterr().out
     assert "0.750 missed" in shown
     assert "13.0%" in shown
     assert shown.count(bench_mesh.NOT_SEEN) == 1
     assert "the same" in shown
+    assert "7 as scored" in shown

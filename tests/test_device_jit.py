@@ -6,10 +6,11 @@ import threading
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from lragent_jax import device_jit
 from lragent_jax.device_jit import DeviceJit, this_device
+from lragent_jax.models.tensor_parallel import AXIS
 
 
 @pytest.fixture(params=["default", "mesh"])
@@ -41,8 +42,23 @@ def test_it_takes_none_of_another_device(where, monkeypatch):
 def test_its_own_options_are_known_to_this_jax():
     """Compilers for GPUs and CPUs take options of one list; a name that has gone would stop every prefill on a GPU."""
     double = DeviceJit(lambda x: 2 * x)
-    with double.compiled_with(device_jit.NO_CUDA_GRAPHS):
-        assert double(3) == 6
+    for options in (device_jit.NO_CUDA_GRAPHS, device_jit.CUDA_GRAPHS_OF_SEVERAL):
+        with double.compiled_with(options):
+            assert double(3) == 6
+
+
+def test_several_gpus_leave_all_reduces_to_nccl_in_one_graph():
+    gpu, cpu = AbstractDevice("a GPU", None, "gpu"), AbstractDevice("cpu", None, "cpu")
+    plain, graphs = DeviceJit(lambda x: x), DeviceJit(lambda x: x, cuda_graphs=True)
+    here = graphs._jitted()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), (AXIS,))):
+        assert graphs.compiler_options(gpu) == device_jit.CUDA_GRAPHS_OF_SEVERAL
+        assert plain.compiler_options(gpu) == device_jit.NO_CUDA_GRAPHS
+        assert graphs.compiler_options(cpu) == {}
+        assert graphs._jitted() is not here
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), (AXIS,))):
+        assert graphs.compiler_options(gpu) == {}
+    assert graphs._jitted() is here
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda"])

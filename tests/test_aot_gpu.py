@@ -203,7 +203,7 @@ def test_a_layer_of_one_row_is_seven_kernels(rank, added):
     assert ("XLA" in of_layer) == added
 
 
-@pytest.mark.parametrize(("program", "tokens"), [("decode", 1)])
+@pytest.mark.parametrize(("program", "tokens"), [("decode", 1), ("prefill", 1024)])
 def test_kernels_are_lowered_without_a_solver_of_layouts(monkeypatch, program, tokens):
     """It takes longer than all the rest, and finds what is written in the kernels."""
     solved = []

@@ -2,6 +2,10 @@
 
 import jax
 
+from lragent_jax.kernels import ptxas_version
+
+ptxas_version.ask_once()  # all of those kernels import this module, and none is lowered before
+
 
 def refuse_other_gpus() -> None:
     """Raises NotImplementedError on a machine with a GPU that is no NVIDIA Hopper or newer."""

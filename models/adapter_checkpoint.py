@@ -1,4 +1,7 @@
-"""Adapters as Orbax checkpoints, and the one door for adapter folders of any kind."""
+"""Adapters as Orbax checkpoints, and the one door for adapter folders of any kind.
+
+Orbax is imported where it is used: an engine of other adapters does not wait for that.
+"""
 
 import json
 import os
@@ -6,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lragent_jax.models.adapter import Adapter, LoraWeights
 from lragent_jax.models.adapter_bank import TARGETS
@@ -30,6 +32,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, *, force: bool = F
 
     The folder appears whole or not at all. Raises `CheckpointError` for one that exists, unless `force` replaces it.
     """
+    import orbax.checkpoint as ocp
+
     tree = {_key(*place): pair._asdict() for place, pair in adapter.weights.items()}
     with new_folder(folder, marker=MANIFEST_FILE, force=force) as draft:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -51,6 +55,8 @@ def restore_adapter(folder: str | os.PathLike) -> Adapter:
     Raises `CheckpointError` for a folder that is none, is of another version, lacks files or parts of them, or whose
     weights are not those that were saved.
     """
+    import orbax.checkpoint as ocp
+
     folder = Path(folder).absolute()
     manifest = _read_manifest(folder)
     sizes = _file_sizes(folder)

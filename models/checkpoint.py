@@ -1,15 +1,17 @@
-"""A model as an Orbax checkpoint: a manifest in JSON beside an Orbax tree, restored into any shardings."""
+"""A model as an Orbax checkpoint: a manifest in JSON beside an Orbax tree, restored into any shardings.
+
+Orbax is imported where it is used: an engine of other weights does not wait for that.
+"""
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from lragent_jax.models.config import Llama3RopeScaling, LlamaConfig
@@ -19,6 +21,9 @@ from lragent_jax.models.llama import Params, abstract_params
 from lragent_jax.models.new_folder import new_folder
 from lragent_jax.models.problems import listing
 from lragent_jax.models.weights import Progress, Shardings, leaf_names, leaf_shardings, weight_dtype
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 MANIFEST_FILE = "lragent_model.json"
 FORMAT = "lragent-model"
@@ -42,6 +47,8 @@ def save_checkpoint(
     or not at all. Raises `CheckpointError` for one that exists, unless `force` replaces it, and `ValueError` for
     parameters that the configuration does not describe.
     """
+    import orbax.checkpoint as ocp
+
     dtype = jax.tree.leaves(params)[0].dtype
     _, abstract = abstract_params(config, dtype)
     if problems := _differences(_flat(params), _flat(abstract), "the parameters"):
@@ -105,13 +112,15 @@ def _read_manifest(folder: Path) -> tuple[LlamaConfig, str]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer() -> "ocp.Checkpointer":
+    import orbax.checkpoint as ocp
+
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(save_concurrent_gb=_CONCURRENT_GB, restore_concurrent_gb=_CONCURRENT_GB)
     )
 
 
-def _check_stored(checkpointer: ocp.Checkpointer, folder: Path, abstract: Params) -> None:
+def _check_stored(checkpointer: "ocp.Checkpointer", folder: Path, abstract: Params) -> None:
     """Compares what Orbax says it holds with the declaration, before anything big is read."""
     try:
         metadata = checkpointer.metadata(folder / _PARAMS_FOLDER).item_metadata
@@ -125,7 +134,9 @@ def _check_stored(checkpointer: ocp.Checkpointer, folder: Path, abstract: Params
         raise CheckpointError(listing(f"the parameters in {folder} do not agree with its {MANIFEST_FILE}:", problems))
 
 
-def _restore(checkpointer: ocp.Checkpointer, folder: Path, abstract: Params, shardings: Shardings) -> Params:
+def _restore(checkpointer: "ocp.Checkpointer", folder: Path, abstract: Params, shardings: Shardings) -> Params:
+    import orbax.checkpoint as ocp
+
     default = jnp.zeros(()).sharding
     placed = jax.tree.unflatten(
         jax.tree.structure(abstract),

@@ -83,17 +83,22 @@ def compile_for(mesh: Mesh, function: Callable, *shapes, **jit_options) -> jax.s
         return jax.jit(function, **jit_options).lower(*jax.tree.map(place, shapes)).compile()
 
 
-@functools.cache
-def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Compiled, list]:
-    """`prefill` or `decode` of a small model of two layers for an H100, adapters on q and v; and its pools."""
+def engine_workload(batch: int, tokens: int) -> Workload:
+    """A small model of two layers for an H100, adapters on q and v."""
     config = LlamaConfig(
         vocab_size=512, width=1024, mlp_width=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=128,
         rope_theta=1e4, norm_eps=1e-5, context_length=4096,
     )  # fmt: skip
-    workload = Workload(
+    return Workload(
         config=config, mesh=model_mesh(h100().devices.flatten()), page_size=64, pages=700, width=64, rank=8,
         batch=batch, tokens=tokens, implementation="pallas_mosaic_gpu",
     )  # fmt: skip
+
+
+@functools.cache
+def engine_program(program: str, batch: int, tokens: int) -> tuple[jax.stages.Compiled, list]:
+    """`prefill` or `decode` of `engine_workload`; and its pools."""
+    workload = engine_workload(batch, tokens)
     compiled = workload.lower(program).compile()
     return compiled, [pool for pools in workload.caches() for pool in pools]
 

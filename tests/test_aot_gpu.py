@@ -11,6 +11,7 @@ import aot
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.mosaic.gpu import layout_inference
 from script_modules import load_script
 
 from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable, tuned
@@ -200,6 +201,17 @@ def test_a_layer_of_one_row_is_seven_kernels(rank, added):
     of_layer = names[first[1] : first[2]]
     assert [name for name in of_layer if name != "XLA"] == [product, write, attention, attention, *[product] * 3]
     assert ("XLA" in of_layer) == added
+
+
+@pytest.mark.parametrize(("program", "tokens"), [("decode", 1), ("prefill", 1024)])
+def test_kernels_are_lowered_without_a_solver_of_layouts(monkeypatch, program, tokens):
+    """It takes longer than all the rest, and finds what is written in the kernels."""
+    solved = []
+    monkeypatch.setattr(layout_inference, "infer_layout", lambda module, **_: solved.append(module))
+    jax.clear_caches()
+    text = aot.engine_workload(batch=1, tokens=tokens).lower(program).as_text()
+    assert "mosaic_gpu" in text
+    assert solved == []
 
 
 def test_nothing_is_kept_on_disk_for_a_device_that_cannot_read_it():

@@ -128,9 +128,18 @@ def test_what_is_imported_is_declared():
 
 @pytest.mark.parametrize("module", ["lragent_jax", "lragent_jax.kernels.lora_attention"])
 def test_low_layers_do_not_load_what_is_above_them(module):
-    program = f"import sys, {module}\nprint(*sorted(m for m in sys.modules if m.split('.')[0] in {HEAVY}))"
+    assert loaded(module, HEAVY) == []
+
+
+def test_an_engine_does_not_wait_for_readers_of_files_that_it_may_not_have():
+    assert loaded("lragent_jax.engine", ("orbax", "transformers", "tokenizers")) == []
+
+
+def loaded(module: str, packages: tuple[str, ...]) -> list[str]:
+    """Modules of these packages that importing `module` has imported."""
+    program = f"import sys, {module}\nprint(*sorted(m for m in sys.modules if m.split('.')[0] in {packages}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    return done.stdout.split()
 
 
 HEAVY = ("flax", "orbax", "transformers", "tokenizers", "gguf", "typer", "rich")

@@ -278,8 +278,11 @@ def call(
         mesh=plgpu.Mesh(
             grid=(s.parts, B * T) if s.few else (B * T,), grid_names=("part", "token") if s.few else ("token",)
         ),
-        # Nothing is read that was written before: there is nothing to wait for.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        # Nothing is read that was written before: there is nothing to wait for. Its layouts are written down: the
+        # solver that the other semantics bring finds them again, for the same instructions, and takes most of lowering.
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         name=f"rotate_and_write_h{H}",
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )

@@ -315,7 +315,8 @@ def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, i
         grid_names=("head", "tile", "row"),
         num_threads=COMPUTE_WARPGROUPS + (2 if cfg.r_k else 1),
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Its layouts are written down: see kernels/page_write.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=cfg.name,
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if cfg.interpret else {}),
     )

@@ -146,6 +146,7 @@ def test_the_page_has_every_table_and_its_means_are_weighted(results):
     assert "| sharing | 1,000 tokens | 2,000 tokens |" in page, "a length that nobody has finished has no column"
     assert "\n* apart: " in page
     assert "joint is the test" not in page
+    assert "train --kind shared_a --out runs/shared_a" in page, "how to make them again"
     assert "| `full` | 50.0 (25.4 to 74.6) |  |" in page
     assert page.rstrip().splitlines()[-1] in page.split("## Limits")[1]
     assert "0.7500 (0.5000 to 1.0000)" in page
@@ -159,6 +160,7 @@ def test_results_without_cells_are_a_page_too(tmp_path):
     [page, *plots] = write_report(Results(tmp_path / "none.json"), tmp_path)
     assert plots == []
     assert page.read_text().startswith("# What sharing costs in accuracy\n")
+    assert "lragent train" not in page.read_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="draws with matplotlib")

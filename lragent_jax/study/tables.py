@@ -45,6 +45,28 @@ never met, while they were trained, what others leave in a cache. joint is the t
 rate, text and number of epochs are those of shared_a (action and reflect saw more of the text), and what an agent reads
 while it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
 
+_MAKING = r"""Agents that are trained one by one read `data/train-0` to `data/train-2` and `data/validation`, which are
+written as those of the embedded agents are (`lragent_jax/data/adapters/README.md`):
+
+```
+cat data/train-[012]/plan.jsonl > data/plan.jsonl; cat data/train-[01]/reflect.jsonl > data/reflect.jsonl
+train() {
+    lragent train MODEL --agent plan=data/plan.jsonl --agent action=data/train-0/action.jsonl \
+        --agent reflect=data/reflect.jsonl --validation plan=data/validation/plan.jsonl \
+        --validation action=data/validation/action.jsonl --validation reflect=data/validation/reflect.jsonl \
+        --epochs 2 --learning-rate 2e-3 "$@"
+}
+train --kind shared_a --out runs/shared_a
+train --kind apart --out runs/apart
+train --kind apart --targets all --out runs/all
+python scripts/study.py --adapters shared_a=runs/shared_a --adapters apart=runs/apart --adapters all=runs/all \
+    --main shared_a --out RESULTS.json
+python scripts/study.py --adapters joint=runs/joint --out RESULTS.json
+```
+
+The stacked kinds are made by the study itself. A training on another kind of device, or with another JAX, rounds
+otherwise: its agents are others, and `--out` refuses to mix their cells with these."""
+
 _LIMITS = """## Limits
 
 * One small base (the smaller a model, the more of a task its adapters carry, and the further its agents' states drift
@@ -95,6 +117,8 @@ def _kinds(results: Results) -> Iterator[str]:
         yield "## Kinds of agents\n\n" + "\n".join(known)
         if {"joint", "shared_a"} <= set(results.data["kinds"]):
             yield _JOINT_NOTE
+    if "shared_a" in results.data["kinds"]:
+        yield _MAKING
 
 
 def _images(plots: Sequence[str]) -> Iterator[str]:

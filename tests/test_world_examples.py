@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lragent_jax import embedded
 from lragent_jax.cli.app import app
-from lragent_jax.models.errors import InputError
+from lragent_jax.models.errors import CheckpointError, InputError
 from lragent_jax.react import ROLES
 from lragent_jax.tokenizer import load_tokenizer
 from lragent_jax.world.examples import DEFAULT_MIX, LengthBand, Mix, padding_for, trajectory, write_examples
@@ -119,8 +119,28 @@ def test_sets_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(InputError, match="at least one question"):
         write_examples(tmp_path, "train", 0, 0, words)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written to"):
+    with pytest.raises(CheckpointError, match="is a file"):
         write_examples(tmp_path / "file", "train", 1, 0, words)
+    with pytest.raises(CheckpointError, match="holds other things"):
+        write_examples(tmp_path, "train", 1, 0, words, force=True)
+
+
+def test_a_set_is_replaced_on_purpose_only_and_never_half_written(tmp_path):
+    out, few = tmp_path / "set", Mix.of_length(1)
+    write_examples(out, "train", 3, 0, words, few)
+    before = (out / "plan.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="exists"):
+        write_examples(out, "train", 2, 1, words, few)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_examples(out, "train", 2, 1, words, few, interrupt, force=True)
+    assert (out / "plan.jsonl").read_text() == before
+    write_examples(out, "train", 2, 1, words, few, force=True)
+    assert len(lines_of(out, "questions")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_pieces_tokenise_as_the_whole_text_does():

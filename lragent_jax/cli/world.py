@@ -21,6 +21,7 @@ def world(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of every trajectory; without it a mix.", show_default=False)
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace such a set if one is there.")] = False,
     model: options.OptionalModel = None,
 ) -> None:
     """Write plan.jsonl, action.jsonl, reflect.jsonl: lines of input and output; trajectories.jsonl; questions.jsonl."""
@@ -35,7 +36,7 @@ def world(
         progress(0, 0, "reading the tokenizer")
         encode = _tokenizer(find_model() if model is None else model).encode
         mix = DEFAULT_MIX if tokens is None else Mix.of_length(tokens)
-        size = write_examples(out, split, num_questions, seed, TokenCounter(encode), mix, progress)
+        size = write_examples(out, split, num_questions, seed, TokenCounter(encode), mix, progress, force=force)
     for name, number in size.lines.items():
         print(f"{out / name}.jsonl: {number} lines")
     print(f"{num_questions} trajectories of {size.mean_tokens:,.0f} tokens on average")

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lragent_jax.models.errors import InputError
+from lragent_jax.models.new_folder import new_folder
 from lragent_jax.react import ROLES
 from lragent_jax.world.names import Split
 from lragent_jax.world.oracle import MISTAKES, Mistake, play
@@ -101,24 +102,23 @@ def write_examples(
     count_tokens: CountTokens,
     mix: Mix = DEFAULT_MIX,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    force: bool = False,
 ) -> SetSize:
     """Writes plan.jsonl, action.jsonl and reflect.jsonl, trajectories.jsonl, and questions.jsonl.
 
     The first three hold lines of `input` and `output`, for agents that are trained one by one; trajectories.jsonl the
     same episodes as lines of `pieces`, for agents that are trained at once. In the first three, lines of one trajectory
     follow one another, and where an agent speaks again its line's input begins with the one before, input and output.
-    Raises `InputError` for arguments that make no set and a folder that cannot be written.
+    The folder appears whole or not at all. Raises `InputError` for arguments that make no set, `CheckpointError` for a
+    folder that cannot be made, and for one that is there, unless it holds such a set and `force` replaces it.
     """
     if num_questions < 1:
         raise InputError(f"a set needs at least one question, not {num_questions}")
     lines: dict[str, int] = dict.fromkeys((*ROLES, "trajectories", "questions"), 0)
     num_tokens = 0
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            files = {name: stack.enter_context((folder / f"{name}.jsonl").open("w")) for name in lines}
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written to: {error}") from error
+    with new_folder(folder, marker="questions.jsonl", force=force) as draft, ExitStack() as stack:
+        files = {name: stack.enter_context((draft / f"{name}.jsonl").open("w")) for name in lines}
         for question in make_questions(split, num_questions, seed):
             if progress and question.number % _QUESTIONS_PER_REPORT == 0:
                 progress(question.number, num_questions, f"trajectories of {split}")

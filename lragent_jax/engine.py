@@ -303,11 +303,17 @@ class Engine:
     def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
     ) -> Iterator[StreamPiece]:
-        """`generate` for one prompt, piece by piece; arguments are checked when the first piece is asked for.
+        """`generate` for one prompt, piece by piece: work begins when the first piece is asked for.
 
-        A caller that stops early keeps in the trajectory what it was given.
+        The agent and the parameters are checked at once, the prompt only then. A caller that stops early keeps in the
+        trajectory what it was given.
         """
-        with self._call([prompt], [agent], [one_params(params, sampling)], streams=True) as call:
+        chosen = one_params(params, sampling)
+        self._registry.find(agent)
+        return self._stream(prompt, agent, chosen)
+
+    def _stream(self, prompt: Prompt, agent: str | None, params: SamplingParams) -> Iterator[StreamPiece]:
+        with self._call([prompt], [agent], [params], streams=True) as call:
             pieces = call.requests[0].pieces
             assert pieces is not None
             piece = StreamPiece("", [])

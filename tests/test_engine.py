@@ -118,6 +118,13 @@ def test_streaming_is_generating(decode_block):
     assert trajectory.token_ids == QUESTION + want.token_ids
 
 
+def test_a_stream_that_cannot_be_is_refused_before_its_first_piece(engine):
+    with pytest.raises(AdapterError, match="nobody"):
+        engine.stream(QUESTION, "nobody")
+    with pytest.raises(InputError, match="max_new_tokens"):
+        engine.stream(QUESTION, "plan", max_new_tokens=0)
+
+
 def test_a_stream_that_is_left_keeps_what_it_gave(engine):
     trajectory = engine.trajectory().append(QUESTION)
     stream = engine.stream(trajectory, "plan", max_new_tokens=30)

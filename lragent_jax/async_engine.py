@@ -97,7 +97,7 @@ class AsyncEngine:
     async def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any
     ) -> AsyncIterator[StreamPiece]:
-        """`Engine.stream`: the pieces as they come, the last one with the output."""
+        """`Engine.stream`: the pieces as they come, the last one with the output. All is checked at the first one."""
         async with self._call(prompt, agent, one_params(params, sampling), streams=True) as pending:
             pieces = pending.request.pieces
             assert pieces is not None

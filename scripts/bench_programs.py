@@ -1,4 +1,4 @@
-"""The engine's compiled programs under other compiler options, and without `kernels/row_matmul`, side by side.
+"""The engine's compiled programs under other compiler options, and with `kernels/row_matmul` or not, side by side.
 
 Regime: random weights with the shapes of Llama-3.1-8B, bfloat16, adapters of rank 8 on q and v, sharing `base_lr`, one
 trajectory, greedy decoding, the host included, medians over `--repeats` calls, eight times as many of few tokens. Three
@@ -20,6 +20,7 @@ Candidates (`--variant NAME` takes some of them):
 * `kernels outside graphs`: XLA's own kernels are put into graphs, ours are not: they go into one by being captured anew
   whenever an argument has moved.
 * `xla products`: a step's products and what stands around them by XLA's operations, where kernels of our own do them.
+* `row products of 16`: by those kernels for up to 16 rows, so that a few tokens take them, too.
 
 The last line of standard output is one line of JSON.
 
@@ -59,11 +60,11 @@ FEW_PER_REPEAT = 8  # these calls are short, and differ from each other by a ten
 
 
 class Variant(NamedTuple):
-    """Compiler options of the two programs, and whether decode may take `kernels/row_matmul`."""
+    """Compiler options of the two programs, and for how many rows they may take `kernels/row_matmul`."""
 
     prefill: Mapping[str, str] = {}
     decode: Mapping[str, str] = {}
-    row_matmul: bool = True
+    most_rows: int = row_matmul.MOST_ROWS_BY_DEFAULT
 
 
 AS_IT_COMES = "as it comes"
@@ -74,7 +75,8 @@ VARIANTS = {
     "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
     "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
-    "xla products": Variant(row_matmul=False),
+    "xla products": Variant(most_rows=0),
+    "row products of 16": Variant(most_rows=16),
 }
 
 
@@ -104,9 +106,8 @@ def applied(variant: Variant) -> Iterator[None]:
         for program, options in ((generation.prefill, variant.prefill), (generation.decode, variant.decode)):
             if options:
                 stack.enter_context(program.compiled_with(options))
-        if not variant.row_matmul:
-            stack.callback(setattr, row_matmul, "ENABLED_BY_DEFAULT", row_matmul.ENABLED_BY_DEFAULT)
-            row_matmul.ENABLED_BY_DEFAULT = False
+        stack.callback(setattr, row_matmul, "MOST_ROWS_BY_DEFAULT", row_matmul.MOST_ROWS_BY_DEFAULT)
+        row_matmul.MOST_ROWS_BY_DEFAULT = variant.most_rows
         yield
 
 

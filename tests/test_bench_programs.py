@@ -50,12 +50,12 @@ def test_tokens_are_the_same_up_to_the_first_that_differs():
 
 def test_a_variant_applies_to_what_is_compiled_meanwhile():
     here, before = this_device(), generation.decode._jitted()
-    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, row_matmul=False)):
-        assert not dispatch.ENABLED_BY_DEFAULT
+    with bench_programs.applied(bench_programs.Variant(decode={"not_an_option": "1"}, most_rows=16)):
+        assert dispatch.MOST_ROWS_BY_DEFAULT == 16
         assert generation.decode.compiler_options(here) == {"not_an_option": "1"}
         assert generation.decode._jitted() is not before
         assert generation.prefill.compiler_options(here) == {}
-    assert dispatch.ENABLED_BY_DEFAULT
+    assert dispatch.MOST_ROWS_BY_DEFAULT == 1
     assert generation.decode._jitted() is before
 
 

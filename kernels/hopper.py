@@ -4,7 +4,7 @@ import jax
 
 from lragent_jax.kernels import ptxas_version
 
-ptxas_version.ask_once()  # all of those kernels import this module, and none is lowered before
+ptxas_version.ask_once()  # all of those kernels import this module, directly or not, and none is lowered before
 
 
 def refuse_other_gpus() -> None:

@@ -1,7 +1,7 @@
 """The PTX that ptxas knows, asked for once in a process.
 
 JAX's Mosaic GPU asks whenever it lowers a conversion from or to few bits, and every condition in a kernel is one: it
-starts ptxas about two hundred times for an engine's programs, and Python waits. Nothing but small floats and integers
+starts ptxas some 140 times for an engine's programs, and Python waits. Nothing but small floats and integers
 uses the answer, which stays the same for as long as the process runs.
 """
 

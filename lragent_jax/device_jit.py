@@ -28,12 +28,13 @@ NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
 
 # XLA's own kernel for small all-reduces goes into no graph, and so cuts a step into one graph per layer and more:
 # between them the devices wait for the host. NCCL's takes a little longer and goes into the graph of the whole step.
-_NCCL_ALONE = (
+# Newer compilers take a list of what they may do with kernels of their own: gathering, which a step hardly does, stays.
+_ALL_REDUCES_BY_NCCL = (
     {"xla_gpu_experimental_use_collective_kernels": "COLLECTIVE_KERNEL_ALL_GATHER"}
-    if jax.__version_info__ >= (0, 11)
+    if jax.__version_info__ >= (0, 11, 1)
     else {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": "False"}
 )
-CUDA_GRAPHS_OF_SEVERAL = _NCCL_ALONE | {
+CUDA_GRAPHS_OF_SEVERAL = _ALL_REDUCES_BY_NCCL | {
     "xla_gpu_enable_command_buffer":
     "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES,CONDITIONAL",
 }  # fmt: skip

@@ -293,7 +293,7 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
     if check_layers:
         tokens["float32"] = check_in_float32(setting, check_layers, devices)
         say(f"{check_layers} layers in float32 compared", started)
-    times, scores, ids = {}, [], []
+    times, scores, ids, same, drawn = {}, [], [], 0, 0
     for count in (1, devices):
         engine = make_engine(setting, count)
         say(f"weights for {count} devices made", started)
@@ -302,7 +302,6 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
         else:
             logits = score(engine, setting.contexts[0], ids)
             same, drawn = drawn_as_scored(engine, setting.contexts[0], setting.decoded)
-            tokens["drawn"] = {"equal": same, "compared": drawn}
         scores.append(logits)
         times[count] = measure(engine, setting, trace=count > 1)
         say(f"{count} devices measured", started)
@@ -316,7 +315,10 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
             **{name: value for name, value in several.items() if name != "step_ms"},
             "all_reduce_share": all_reduce_share(several),
         }  # fmt: skip
-    return {"devices": devices, "contexts": contexts, "tokens": tokens, "seconds": time.perf_counter() - started}
+    return {
+        "devices": devices, "contexts": contexts, "tokens": tokens, "drawn": {"as_scored": same, "of": drawn},
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
 
 
 def show(report: dict[str, Any]) -> None:
@@ -338,9 +340,6 @@ def show(report: dict[str, Any]) -> None:
             length, f"{row['one_ms']:.3f}", f"{row['several_ms']:.3f}", verdict, f"<= {ASKED_RATIO:.2f}", *all_reduces
         )
     for dtype, row in report["tokens"].items():
-        if dtype == "drawn":
-            table.add_row("tokens", "drawn", f"{row['compared']} compared:", f"{row['equal']} as scored")
-            continue
         said = "the same" if row["equal"] else "DIFFERENT"
         table.add_row(
             "tokens",
@@ -351,6 +350,7 @@ def show(report: dict[str, Any]) -> None:
             "",
             f"scores differ by {row['max_difference']:.1e}",
         )
+    table.add_row("tokens", "drawn", f"{report['drawn']['of']} compared:", f"{report['drawn']['as_scored']} as scored")
     Console(width=140).print(table)
 
 

@@ -123,7 +123,7 @@ def num_same(found: list[list[int]], expected: list[list[int]]) -> list[int]:
     return [len(list(itertools.takewhile(lambda both: both[0] == both[1], pair))) for pair in pairs]
 
 
-def measure(model: BenchModel, sizes: Sizes) -> dict[str, Any]:
+def measure(model: BenchModel, sizes: Sizes) -> tuple[Figures, list[list[int]]]:
     """Milliseconds of a decode step, of few tokens and of a chunk, and seconds that compiling took, of a new engine.
 
     And its `outputs`.
@@ -135,8 +135,7 @@ def measure(model: BenchModel, sizes: Sizes) -> dict[str, Any]:
     )  # fmt: skip
     times = engine.warmup(scoring=False)
     agent = model.agents[0]
-    found: dict[str, Any] = {"compile_s": times.lower_s + times.compile_s}
-    found["tokens"] = outputs(engine, agent, sizes.steps)
+    found, tokens = {"compile_s": times.lower_s + times.compile_s}, outputs(engine, agent, sizes.steps)
 
     with engine.trajectory() as trajectory:
         trajectory.append(random_ids(engine, sizes.few))
@@ -150,7 +149,7 @@ def measure(model: BenchModel, sizes: Sizes) -> dict[str, Any]:
             return {"few_ms": 1e3 * engine.generate(trajectory, agent, exactly(1)).ttft_s}
 
         found |= clean_runs(few, FEW_PER_REPEAT * sizes.repeats).medians
-    return found | {"chunk_ms": 1e3 * prefill_seconds(engine, agent, sizes.chunk, sizes.repeats)}
+    return found | {"chunk_ms": 1e3 * prefill_seconds(engine, agent, sizes.chunk, sizes.repeats)}, tokens
 
 
 def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
@@ -161,8 +160,7 @@ def run(model: BenchModel, sizes: Sizes, names: list[str]) -> dict[str, Any]:
         print(f"{name}: compiling and running", file=sys.stderr, flush=True)
         try:
             with applied(VARIANTS[name]):
-                found = measure(model, sizes)
-            tokens: list[list[int]] = found.pop("tokens")
+                found, tokens = measure(model, sizes)
             if expected is None:
                 expected = tokens
             results[name] = found | {"same_tokens": num_same(tokens, expected)}

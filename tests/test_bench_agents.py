@@ -2,16 +2,20 @@
 
 import json
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from script_modules import load_script
 
 from lragent_jax.measure import torch_peer, trace_run
-from lragent_jax.measure.page_budget import pool_options
+from lragent_jax.measure.page_budget import PageBudget, pool_options
 from lragent_jax.measure.react_trace import react_trace, spans
 from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.timing import DeviceSpeed
+from lragent_jax.measure.trace_bench import largest_engine
 from lragent_jax.measure.trace_run import clean_runs, trace_figures
+from lragent_jax.models.config import LlamaConfig
 from lragent_jax.outputs import GenerationOutput
 
 bench_agents = load_script("bench_agents")
@@ -67,6 +71,28 @@ def test_traces_of_one_run_share_their_programs(run):
     assert first["prefill_buckets"] == second["prefill_buckets"]
     assert first["modes"]["base_lr"]["num_programs"] > 0
     assert second["modes"]["base_lr"]["num_programs"] == 0
+
+
+def test_engines_are_made_for_the_longest_trace_that_fits(monkeypatch):
+    budget = PageBudget(LlamaConfig.preset("tiny"), 8, 4, 8)
+    setting: Any = SimpleNamespace(budget=budget, repeats=1, steps=2, device_bytes=0)
+    model: Any = SimpleNamespace(agents=["a", "b", "c"], weight_bytes=10**6)
+
+    def needed(chunk: int, copies: int) -> int:
+        pages = budget.pages(912 + 4 * chunk + 27) + 1
+        return 10**6 + budget.pool_bytes(copies * pages) + budget.activation_bytes(64)
+
+    def chosen(device_bytes: int, chunks: set[int]):
+        setting.device_bytes = device_bytes
+        context, pools, missing = largest_engine(model, setting, "full", ["none", "full"], chunks, 64)
+        return context, pools["num_pages"], missing
+
+    pages = {chunk: budget.pages(912 + 4 * chunk + 27) + 1 for chunk in (8, 1000)}
+    assert chosen(needed(1000, 3), {8, 1000}) == (4939, 3 * pages[1000], None)
+    assert chosen(needed(1000, 3) - 1, {8, 1000}) == (4939, pages[1000], None), "without the pools of `none`"
+    assert chosen(needed(1000, 1) - 1, {8, 1000}) == (971, 3 * pages[8], None)
+    context, _, missing = chosen(needed(8, 1) - 1, {8, 1000})
+    assert (context, missing) == (971, {"bytes_needed": needed(8, 1), "bytes_limit": needed(8, 1) - 1})
 
 
 def test_what_agents_and_trajectories_cost(run):

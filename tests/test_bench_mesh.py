@@ -95,8 +95,8 @@ def test_a_tiny_engine_is_measured(capsys):
            "all_reduces": 65.0, "all_reduce_share": 0.13}  # fmt: skip
     unseen = row | {"all_reduce_ms": None, "all_reduce_share": bench_mesh.NOT_SEEN}
     bench_mesh.show({"devices": 2, "preset": "tiny", "device": "cpu", "contexts": {"9": row, "20": unseen},
-                     "tokens": {"drawn": {"equal": 7, "compared": 8},
-                                "bfloat16": bench_mesh.compare_scored(logits, again)}})  # fmt: skip
+                     "drawn": {"as_scored": 7, "of": 8},
+                     "tokens": {"bfloat16": bench_mesh.compare_scored(logits, again)}})  # fmt: skip
     shown = capsys.readouterr().out
     assert "0.750 missed" in shown
     assert "13.0%" in shown

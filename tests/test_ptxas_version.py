@@ -1,7 +1,9 @@
 """ptxas is started once, and not for every condition in a kernel."""
 
-import importlib
+import subprocess
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import aot
@@ -9,13 +11,15 @@ import jax
 import pytest
 from jax.experimental.mosaic.gpu import fragmented_array
 
-from lragent_jax.kernels import ptxas_version
+from lragent_jax.kernels import hopper, ptxas_version
 
-JAX: Any = fragmented_array  # has what is asked and exports it not
+ROOT = Path(__file__).parents[1]
+library: Any = fragmented_array  # has what is asked and exports it not
+assert hopper  # imported here, it has asked before a test puts anything else in its place
 
 
 def question():
-    return JAX.mgpu_lib._mosaic_gpu_ext._get_ptxas_isa_version
+    return library.mgpu_lib._mosaic_gpu_ext._get_ptxas_isa_version
 
 
 @pytest.fixture
@@ -51,8 +55,13 @@ def test_nothing_is_done_where_there_is_no_such_question(monkeypatch, library):
 @pytest.mark.parametrize("kernel", ["lora_attention", "page_write", "row_matmul"])
 def test_kernels_see_to_it(kernel):
     aot.require("jax_cuda13_plugin")
-    importlib.import_module(f"lragent_jax.kernels.{kernel}.pallas_mosaic_gpu")
-    assert hasattr(question(), "cache_info")
+    program = (
+        f"import lragent_jax.kernels.{kernel}.pallas_mosaic_gpu\n"
+        "from jax.experimental.mosaic.gpu import fragmented_array\n"
+        "print(hasattr(fragmented_array.mgpu_lib._mosaic_gpu_ext._get_ptxas_isa_version, 'cache_info'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.aot

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from lragent_jax.compile_watch import CompileWatch
@@ -43,23 +43,18 @@ def measure_trace(
 ) -> Iterator[dict[str, Any]]:
     """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself.
 
-    `beside` are the other traces of this run: where the longest of them fits, engines are made for it, and have chunks
-    for all, so that programs are compiled once. After every mode, all that is known by then.
+    `beside` are the other traces of this run: engines are made for the longest of them that fits, and have chunks for
+    all, so that programs are compiled once. After every mode, all that is known by then.
     """
     calls = react_trace(chunk)
-    total, longest = (num_tokens(react_trace(length)) for length in (chunk, max(chunk, *beside)))
+    total = num_tokens(calls)
     buckets = sorted(buckets or {size for length in (chunk, *beside) for size in trace_buckets(length)})
-    context_length = longest + spare_tokens(setting)  # of the longest trace it exceeds the preset's
-    together, alone = (
-        functools.partial(pool_options, num_agents=len(model.agents), num_pages=setting.budget.pages(length) + 1)
-        for length in (context_length, total + spare_tokens(setting))
-    )
     result: dict[str, Any] = {"total_tokens": total, "prefill_buckets": buckets, "modes": {}}
     for mode in modes:
-        pools = together(modes)[mode]
-        if missing_bytes(model, setting, pools, buckets[-1]):
-            pools = alone([mode])[mode]
-        if missing := missing_bytes(model, setting, pools, buckets[-1]):
+        context_length, pools, missing = largest_engine(
+            model, setting, mode, modes, {max(chunk, length) for length in (chunk, *beside)}, buckets[-1]
+        )
+        if missing:
             result["modes"][mode] = missing
             say(f"{mode}: {total:,} tokens need {missing['bytes_needed']:,} bytes, "
                 f"the device has {missing['bytes_limit']:,}")  # fmt: skip
@@ -87,6 +82,24 @@ def measure_trace(
             result |= _solo(engine, model, setting, total)
             yield dict(result)
         del engine
+
+
+def largest_engine(
+    model: BenchModel, setting: BenchSetting, mode: SharingMode, modes: Sequence[SharingMode],
+    chunks: Collection[int], bucket: int,
+) -> tuple[int, dict[str, int], dict[str, int] | None]:  # fmt: skip
+    """Context length and pools of an engine for the longest of these traces that fits, with the pools of `modes` if
+    these fit, too; and `missing_bytes`, None unless not even the shortest does.
+    """
+
+    def engine(chunk: int, among: Sequence[SharingMode]) -> tuple[int, dict[str, int], dict[str, int] | None]:
+        context_length = num_tokens(react_trace(chunk)) + spare_tokens(setting)  # the longest exceeds the preset's
+        pools = pool_options(among, len(model.agents), setting.budget.pages(context_length) + 1)[mode]
+        return context_length, pools, missing_bytes(model, setting, pools, bucket)
+
+    alone: list[SharingMode] = [mode]
+    engines = [engine(chunk, among) for chunk in sorted(chunks, reverse=True) for among in (modes, alone)]
+    return next((one for one in engines if one[2] is None), engines[-1])
 
 
 def missing_bytes(

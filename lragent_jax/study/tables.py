@@ -46,7 +46,7 @@ rate, text and number of epochs are those of shared_a (action and reflect saw mo
 while it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
 
 _MAKING = r"""Agents that are trained one by one read `data/train-0` to `data/train-2` and `data/validation`, which are
-written as those of the embedded agents are (`lragent_jax/data/adapters/README.md`):
+written as those of the embedded agents are (`lragent_jax/data/adapters/README.md`, which makes `runs/joint`, too):
 
 ```
 cat data/train-[012]/plan.jsonl > data/plan.jsonl; cat data/train-[01]/reflect.jsonl > data/reflect.jsonl

@@ -18,8 +18,8 @@ IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 ENABLED_BY_DEFAULT = True
 MOST_ROWS_BY_DEFAULT = 1
 # How many devices a model may be cut for. A block of the kernel makes 64 columns: those of an eighth of q, k and v fill
-# a tenth of an H100. Two H200 took as long with XLA's products, as long as all-reduces cut a step into pieces; since then
-# the two were not compared, and nothing was measured beyond two.
+# a tenth of an H100. Two H200 took as long with XLA's products while all-reduces cut a step into pieces; since then the
+# two were not compared, and nothing was measured beyond two.
 MOST_SHARDS_BY_DEFAULT = 2
 # Whether models may take it where a residual is added, too.
 RESIDUAL_BY_DEFAULT = True

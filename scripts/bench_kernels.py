@@ -24,6 +24,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -152,20 +153,23 @@ def unfused(q, data, _=None, *, causal: bool):
     return cudnn(q, (k, v, None, None), causal=causal)
 
 
+def shipped(name: str) -> Any:
+    """A module of kernels that JAX ships; from 0.11 on it says that these are deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}")
+
+
 def shipped_triton(q, data, _=None, *, causal: bool):
     k, v, _, _ = data
     if q.shape[1] == 1:
-        from jax.experimental.pallas.ops.gpu import decode_attention
-
-        return decode_attention.gqa(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2))[:, None].astype(q.dtype)
-    from jax.experimental.pallas.ops.gpu import attention
-
-    return attention.mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
+        rows = q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return shipped("decode_attention").gqa(*rows)[:, None].astype(q.dtype)
+    return shipped("attention").mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
 
 
 def shipped_mosaic(q, data, _=None, *, causal: bool):
-    from jax.experimental.pallas.ops.gpu import attention_mgpu
-
+    attention_mgpu = shipped("attention_mgpu")
     k, v, _, _ = data
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=causal)
     return attention_mgpu.attention(q, k, v, config)

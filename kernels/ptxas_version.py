@@ -1,8 +1,8 @@
 """The PTX that ptxas knows, asked for once in a process.
 
 JAX's Mosaic GPU asks whenever it lowers a conversion from or to few bits, and every condition in a kernel is one: it
-starts ptxas some 140 times for an engine's programs, and Python waits. Nothing but small floats and integers
-uses the answer, which stays the same for as long as the process runs.
+starts ptxas again and again for an engine's programs, and Python waits. Nothing but small floats and integers uses the
+answer, which stays the same for as long as the process runs.
 """
 
 import functools

@@ -27,7 +27,7 @@ NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": "1000000"}
 
 
 # XLA's own kernel for small all-reduces goes into no graph, and so cuts a step into one graph per layer and more:
-# between them the devices wait for the host. NCCL's takes a little longer and goes into the graph of the whole step.
+# between them the devices wait for the host. NCCL's goes into the graph of the whole step.
 # Newer compilers take a list of what they may do with kernels of their own: gathering, which a step hardly does, stays.
 _ALL_REDUCES_BY_NCCL = (
     {"xla_gpu_experimental_use_collective_kernels": "COLLECTIVE_KERNEL_ALL_GATHER"}

@@ -35,7 +35,7 @@ def row_products(
     `per_shard`, products of its shards. A residual is for the caller to add there, behind the sum over shards.
     """
     B, T, width = x.shape
-    if not dispatch.ENABLED_BY_DEFAULT or B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_cut_otherwise():
+    if B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_cut_otherwise():
         return None
     if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None

@@ -245,8 +245,8 @@ def generate_and_score(engine: Engine, length: int, count: int) -> tuple[list[in
         return ids, engine.score(trajectory, ids, "plan")
 
 
-def drawn_as_scored(engine: Engine, length: int, count: int) -> tuple[int, int]:
-    """Of how many drawn tokens: those that scores of the same output and the same random numbers give, too.
+def drawn_as_scored(engine: Engine, length: int, count: int) -> dict[str, int]:
+    """Of so many drawn tokens, how many scores of the same output and the same random numbers give, too.
 
     Scores come from a prefill, which rounds otherwise than decoding: a few may be others. Were they not drawn at all,
     or from other numbers, nearly all would be.
@@ -257,7 +257,7 @@ def drawn_as_scored(engine: Engine, length: int, count: int) -> tuple[int, int]:
     logits = score(engine, length, ids)
     arrays = sampling_arrays([how] * count, [count] * count, (), count)
     again = jax.jit(sample)(logits, arrays, np.arange(count, dtype=np.int32))
-    return int((np.asarray(again) == ids).sum()), count
+    return {"as_scored": int((np.asarray(again) == ids).sum()), "of": count}
 
 
 def score(engine: Engine, length: int, ids: list[int]) -> np.ndarray:
@@ -293,7 +293,7 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
     if check_layers:
         tokens["float32"] = check_in_float32(setting, check_layers, devices)
         say(f"{check_layers} layers in float32 compared", started)
-    times, scores, ids, same, drawn = {}, [], [], 0, 0
+    times, scores, ids, drawn = {}, [], [], {}
     for count in (1, devices):
         engine = make_engine(setting, count)
         say(f"weights for {count} devices made", started)
@@ -301,7 +301,7 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
             ids, logits = generate_and_score(engine, setting.contexts[0], setting.decoded)
         else:
             logits = score(engine, setting.contexts[0], ids)
-            same, drawn = drawn_as_scored(engine, setting.contexts[0], setting.decoded)
+            drawn = drawn_as_scored(engine, setting.contexts[0], setting.decoded)
         scores.append(logits)
         times[count] = measure(engine, setting, trace=count > 1)
         say(f"{count} devices measured", started)
@@ -316,7 +316,7 @@ def bench(setting: Setting, devices: int, check_layers: int) -> dict[str, Any]:
             "all_reduce_share": all_reduce_share(several),
         }  # fmt: skip
     return {
-        "devices": devices, "contexts": contexts, "tokens": tokens, "drawn": {"as_scored": same, "of": drawn},
+        "devices": devices, "contexts": contexts, "tokens": tokens, "drawn": drawn,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

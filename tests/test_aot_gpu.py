@@ -205,7 +205,7 @@ def test_a_layer_of_one_row_is_seven_kernels(rank, added):
 
 @pytest.mark.parametrize(("program", "tokens"), [("decode", 1), ("prefill", 1024)])
 def test_kernels_are_lowered_without_a_solver_of_layouts(monkeypatch, program, tokens):
-    """It takes longer than all the rest, and finds what is written in the kernels."""
+    """It is slow, and finds what is written in the kernels."""
     solved = []
     monkeypatch.setattr(layout_inference, "infer_layout", lambda module, **_: solved.append(module))
     jax.clear_caches()

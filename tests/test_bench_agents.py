@@ -73,21 +73,21 @@ def test_traces_of_one_run_share_their_programs(run):
     assert second["modes"]["base_lr"]["num_programs"] == 0
 
 
-def test_engines_are_made_for_the_longest_trace_that_fits(monkeypatch):
+def test_engines_are_made_for_the_longest_trace_that_fits():
     budget = PageBudget(LlamaConfig.preset("tiny"), 8, 4, 8)
     setting: Any = SimpleNamespace(budget=budget, repeats=1, steps=2, device_bytes=0)
     model: Any = SimpleNamespace(agents=["a", "b", "c"], weight_bytes=10**6)
 
+    pages = {chunk: budget.pages(912 + 4 * chunk + 27) + 1 for chunk in (8, 1000)}
+
     def needed(chunk: int, copies: int) -> int:
-        pages = budget.pages(912 + 4 * chunk + 27) + 1
-        return 10**6 + budget.pool_bytes(copies * pages) + budget.activation_bytes(64)
+        return 10**6 + budget.pool_bytes(copies * pages[chunk]) + budget.activation_bytes(64)
 
     def chosen(device_bytes: int, chunks: set[int]):
         setting.device_bytes = device_bytes
         context, pools, missing = largest_engine(model, setting, "full", ["none", "full"], chunks, 64)
         return context, pools["num_pages"], missing
 
-    pages = {chunk: budget.pages(912 + 4 * chunk + 27) + 1 for chunk in (8, 1000)}
     assert chosen(needed(1000, 3), {8, 1000}) == (4939, 3 * pages[1000], None)
     assert chosen(needed(1000, 3) - 1, {8, 1000}) == (4939, pages[1000], None), "without the pools of `none`"
     assert chosen(needed(1000, 1) - 1, {8, 1000}) == (971, 3 * pages[8], None)

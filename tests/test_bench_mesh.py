@@ -86,7 +86,7 @@ def test_a_tiny_engine_is_measured(capsys):
     ids, logits = bench_mesh.generate_and_score(engine, 9, 4)
     again = bench_mesh.score(engine, 9, ids)
     assert bench_mesh.compare_generated((ids, logits), (logits.argmax(-1).tolist(), again))["equal"]
-    assert bench_mesh.drawn_as_scored(engine, 9, 8) == (8, 8)
+    assert bench_mesh.drawn_as_scored(engine, 9, 8) == {"as_scored": 8, "of": 8}
     times = bench_mesh.measure(engine, setting, trace=False)
     assert times.keys() == {"9", "20"}
     assert all(result["step_ms"] > 0 for result in times.values())

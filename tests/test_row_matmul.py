@@ -201,7 +201,7 @@ def test_models_use_it_for_as_many_rows_as_it_is_faster_for(monkeypatch):
             assert run(jnp.zeros((B, T, 8))) is None  # XLA's is as good
     assert asked == [(1, 8), (1, 8), (2, 8), (2, 8), (16, 8)]
     assert run(jnp.zeros((1, 1, 8)), implementation="pallas_triton") is None
-    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", False)
+    monkeypatch.setattr(dispatch, "MOST_ROWS_BY_DEFAULT", 0)
     assert run(jnp.zeros((1, 1, 8))) is None
     assert len(asked) == 5
 
@@ -222,7 +222,7 @@ def test_a_decode_step_of_one_row_on_a_gpu_contains_it(monkeypatch, program, bat
         return row_matmul(x, weights, implementation="xla", **options)
 
     if platform == "switched off":
-        monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", False)
+        monkeypatch.setattr(dispatch, "MOST_ROWS_BY_DEFAULT", 0)
     monkeypatch.setattr(dispatch, "default_platform", lambda: platform if platform in ("cpu", "tpu") else "gpu")
     monkeypatch.setattr(row_products, "row_matmul", count)
     jax.clear_caches()  # the switch is no argument of what is traced
@@ -346,7 +346,7 @@ def test_a_layer_is_the_same_by_either_way(monkeypatch, as_the_kernel, name):
     got = layer.run()
     expected_calls = 4 - ("up" in layer.targets)
     assert len(as_the_kernel) == expected_calls
-    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", False)
+    monkeypatch.setattr(dispatch, "MOST_ROWS_BY_DEFAULT", 0)
     for result, want in zip(got, layer.run(), strict=True):
         assert np.isfinite(want).all()
         assert_close(result, want, "equal")

@@ -279,7 +279,7 @@ def call(
             grid=(s.parts, B * T) if s.few else (B * T,), grid_names=("part", "token") if s.few else ("token",)
         ),
         # Nothing is read that was written before: there is nothing to wait for. Its layouts are written down: the
-        # solver that the other semantics bring finds them again, for the same instructions, and takes most of lowering.
+        # solver that the other semantics bring would only find them again, slowly.
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),

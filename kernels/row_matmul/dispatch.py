@@ -12,10 +12,9 @@ from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 # In order of preference, and where they are tried unasked.
 IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 
-# Whether models take another implementation than XLA's at all, and for how many rows: measured on an H100 at the shapes
-# of Llama-3.1-8B, a layer's four products of one row take 160.6 µs by the kernel and 170.0 µs by XLA; those of eight
-# rows 176 and 168. Two to four were not measured. `scripts/profile_step.py` times both: "products of a decode step".
-ENABLED_BY_DEFAULT = True
+# For how many rows models take another implementation than XLA's; 0: for none. Measured on an H100 at the shapes of
+# Llama-3.1-8B, a layer's four products of one row take 160.6 µs by the kernel and 170.0 µs by XLA; those of eight rows
+# 176 and 168. Two to four were not measured. `scripts/profile_step.py` times both: "products of a decode step".
 MOST_ROWS_BY_DEFAULT = 1
 # How many devices a model may be cut for. A block of the kernel makes 64 columns: those of an eighth of q, k and v fill
 # a tenth of an H100. Two H200 took as long with XLA's products while all-reduces cut a step into pieces; since then the

@@ -45,8 +45,8 @@ never met, while they were trained, what others leave in a cache. joint is the t
 rate, text and number of epochs are those of shared_a (action and reflect saw more of the text), and what an agent reads
 while it is trained is what it reads when the cache is shared. If the cache were to blame, joint would lose as much."""
 
-_MAKING = r"""Agents that are trained one by one read `data/train-0` to `data/train-2` and `data/validation`, which are
-written as those of the embedded agents are (`lragent_jax/data/adapters/README.md`, which makes `runs/joint`, too):
+_MAKING = r"""To make such agents and measure them, from `data/train-0` to `data/train-2` and `data/validation`, which
+`lragent_jax/data/adapters/README.md` writes (and makes `runs/joint` of):
 
 ```
 cat data/train-[012]/plan.jsonl > data/plan.jsonl; cat data/train-[01]/reflect.jsonl > data/reflect.jsonl

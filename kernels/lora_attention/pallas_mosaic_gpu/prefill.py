@@ -307,8 +307,8 @@ def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, i
             *scratch,
         )
 
-    # Its layouts are written down, as those of kernels/page_write are, and need no solver; without one its loops have
-    # no sums with 0 and no maxima with -inf. With low-rank keys it was not run so on a device: there JAX has its way.
+    # Its layouts are written down, as those of kernels/page_write are, and need no solver. With low-rank keys it was
+    # not run so on a device: there JAX has its way.
     lowering = {} if cfg.r_k else {"lowering_semantics": plgpu.LoweringSemantics.Lane}
     kernel = plgpu.kernel(
         body,

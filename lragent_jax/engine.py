@@ -90,6 +90,7 @@ class Engine:
             table_widths=_table_widths(-(-config.context_length // page_size)),
             decode_block=self.options.decode_block,
             max_batch_size=self.options.max_batch_size,
+            min_batch_size=self.options.min_batch_size,
             token_budget=self.options.prefill_tokens,
             prefill_batch_size=prefill_batch_size,
             implementation=self.options.implementation,

@@ -103,8 +103,8 @@ class Executor:
     """The compiled programs of one engine over its weights, adapters and caches.
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
-    them and to a power of two. It has `max_batch_size` rows at most, in prefill `prefill_batch_size` rows and
-    `token_budget` tokens. So their number is bounded and nothing compiles after a `Warmup`.
+    them and to a power of two. It has `max_batch_size` rows at most, in decoding `min_batch_size` at least, in prefill
+    `prefill_batch_size` rows and `token_budget` tokens. So their number is bounded and nothing compiles after a `Warmup`.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Executor:
         table_widths: Sequence[int],
         decode_block: int,
         max_batch_size: int,
+        min_batch_size: int,
         token_budget: int,
         prefill_batch_size: int,
         implementation: str | None,
@@ -129,7 +130,7 @@ class Executor:
         self.registry, self.cache, self.sharing = registry, cache, sharing
         self.prefill_buckets, self.table_widths = tuple(prefill_buckets), tuple(table_widths)
         self.decode_block, self.implementation = decode_block, implementation
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.min_batch_size = max_batch_size, min_batch_size
         self.token_budget, self.prefill_batch_size = token_budget, prefill_batch_size
         self.prefix_cache = prefix_cache
         self.forget_slots()

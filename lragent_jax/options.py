@@ -37,6 +37,8 @@ class EngineOptions:
         token ids, until a call needs them.
       decode_block: the most tokens per row between two looks of the host at them.
       max_batch_size: requests that have pages at a time; more wait.
+      min_batch_size: rows of a decode program, padding included, at the least. A larger one is fewer programs to
+        compile; a step of fewer rows then takes as long as one of so many.
       prefill_tokens: tokens, padding included, that are prefilled between two looks; by default the largest bucket.
         What decodes meanwhile gets its tokens in between.
       prefill_batch_size: rows of a prefill program, padding to a power of two included; by default as many as
@@ -64,6 +66,7 @@ class EngineOptions:
     prefix_cache: bool = True
     decode_block: int = 16
     max_batch_size: int = 64
+    min_batch_size: int = 1
     prefill_tokens: int = 0
     prefill_batch_size: int | None = None
     reserved_tokens: int = 256
@@ -96,8 +99,8 @@ class EngineOptions:
                 object.__setattr__(self, name, default)
         least = {
             "num_pages": 1, "num_low_rank_pages": 1, "num_recomputed_pages": 1, "decode_block": 1, "max_adapters": 0,
-            "max_rank": 0, "max_batch_size": 1, "prefill_tokens": 0, "prefill_batch_size": 1, "reserved_tokens": 1,
-            "tensor_parallel": 1,
+            "max_rank": 0, "max_batch_size": 1, "min_batch_size": 1, "prefill_tokens": 0, "prefill_batch_size": 1,
+            "reserved_tokens": 1, "tensor_parallel": 1,
         }  # fmt: skip
         for name in least:
             value = getattr(self, name)
@@ -105,6 +108,11 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or value < least[name]:
                 raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")
+        if self.min_batch_size > self.max_batch_size:
+            raise InputError(
+                f"min_batch_size {self.min_batch_size} is more than max_batch_size {self.max_batch_size}: lower the one or "
+                "raise the other"
+            )
         if not isinstance(self.prefix_cache, bool):
             raise InputError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:

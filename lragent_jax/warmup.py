@@ -84,7 +84,7 @@ class Warmup:
                 for num_tables in executor.low_rank_table_counts()
             ]
 
-        self.decodes = shapes(batches)
+        self.decodes = shapes(batch_size(max(batch, executor.min_batch_size)) for batch in batches)
         most = 1 << executor.prefill_batch_size.bit_length() - 1
         prefills = shapes(min(batch, most) for batch in batches)
         write_base = (True, False) if executor.skips_base else (True,)

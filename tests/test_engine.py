@@ -457,6 +457,8 @@ def test_engines_that_cannot_start():
         ({"prefill_buckets": 8}, InputError, "prefill_buckets"),
         ({"decode_block": 0}, InputError, "decode_block"),
         ({"prefill_batch_size": 0}, InputError, "prefill_batch_size"),
+        ({"min_batch_size": 0}, InputError, "min_batch_size"),
+        ({"min_batch_size": 8, "max_batch_size": 4}, InputError, "min_batch_size 8 is more than max_batch_size 4"),
         ({"num_low_rank_pages": 0}, InputError, "num_low_rank_pages"),
         ({"num_recomputed_pages": 0}, InputError, "num_recomputed_pages"),
         ({"recompute_layers": [0.5]}, InputError, "recompute_layers must be numbers of layers"),

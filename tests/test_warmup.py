@@ -78,6 +78,17 @@ def test_contexts_that_run_alone_say_the_same(monkeypatch):
     assert together.with_sharing("base", max_batch_size=5)._executor.prefill_batch_size == 8
 
 
+def test_few_rows_decode_in_the_program_of_many():
+    prompts = [[7, 3, 5, 9, 2], [8, 1, 6, 4, 3], [2, 2, 9, 5, 1]]
+    want = [out.token_ids for out in tiny_engine("base_lr").generate(prompts, "plan", max_new_tokens=6)]
+    engine = tiny_engine("base_lr", min_batch_size=6, max_batch_size=8)
+    assert {shape.batch for shape in warmup(engine, (1, 2, 4, 8)).decodes} == {8}
+    engine.warmup(8, scoring=False)
+    with CompileWatch() as watch:
+        assert [engine.generate(prompt, "plan", max_new_tokens=6).token_ids for prompt in prompts] == want
+    assert watch.num_programs == 0
+
+
 def test_what_a_warm_up_leaves_out():
     def prefills(warmup: Warmup) -> list[tuple[int, int, bool]]:
         return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills]

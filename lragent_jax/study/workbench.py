@@ -24,7 +24,8 @@ from lragent_jax.tokenizer import Tokenizer, load_tokenizer
 class BenchOptions:
     """How fast, not what: none of these decides a result but for rounding. None takes what fits the device.
 
-    `batch_size` episodes run at a time, fewer where they are so long that `pool_gigabytes` do not hold them.
+    `batch_size` episodes run at a time, fewer where they are so long that `pool_gigabytes` do not hold them. They are
+    read `prefill_batch_size` at a time, all of them before any is written on: a step of decoding is one for all.
     `compile_ahead`: whether an engine for episodes compiles all of its programs before the first, several at a time.
     """
 
@@ -33,6 +34,7 @@ class BenchOptions:
     pool_gigabytes: float | None = None
     page_size: int | None = None
     prefill_buckets: Sequence[int] | None = None
+    prefill_batch_size: int | None = None
     decode_block: int | None = None
     implementation: str | None = None
     compile_ahead: bool | None = None
@@ -47,14 +49,15 @@ class BenchOptions:
             # compile as thousands of tokens to run, and a token behind a stop string costs what any token does.
             "batch_size": 32 if on_cpu else 64,
             "pool_gigabytes": 6.0 if on_cpu else 40.0,
-            "prefill_buckets": (32,) if on_cpu else (64, 256, 1024),
+            "prefill_buckets": (32,) if on_cpu else (256, 1024),
+            "prefill_batch_size": 1 if on_cpu else 4,
             "decode_block": 1 if on_cpu else 12,
             "compile_ahead": not on_cpu,  # it compiles some programs too many, and a CPU has no cores to spare for that
         }
         return cls(**defaults | {name: value for name, value in given.items() if value is not None})
 
     def of_engine(self) -> dict[str, Any]:
-        names = ("page_size", "prefill_buckets", "decode_block", "implementation")
+        names = ("page_size", "prefill_buckets", "prefill_batch_size", "decode_block", "implementation")
         return {name: getattr(self, name) for name in names}
 
 
@@ -102,6 +105,7 @@ class Workbench:
             "num_pages": self._num_pages,
             "page_size": self._bare.options.page_size,
             "prefill_buckets": list(self._bare.options.prefill_buckets or ()),
+            "prefill_batch_size": self.options.prefill_batch_size,
             "decode_block": self.options.decode_block,
         }
 
@@ -122,7 +126,7 @@ class Workbench:
         if self._engine is None or self._engine[0] != key:
             self.release()
             sizes = dict.fromkeys(("num_pages", "num_low_rank_pages", "num_recomputed_pages"), self._num_pages)
-            engine = self._make(agents, sharing=mode, recompute_layers=recompute_layers, **sizes)
+            engine = self._make(agents, sharing=mode, recompute_layers=recompute_layers, **sizes, **self._of_batches())
             self._engine = key, engine
             if self.options.compile_ahead:
                 assert self.options.batch_size is not None
@@ -145,6 +149,14 @@ class Workbench:
             *self.parts, dict(agents.adapters), tokenizer=self.tokenizer, prefix_cache=False,
             **self.options.of_engine(), **options,
         )  # fmt: skip
+
+    def _of_batches(self) -> dict[str, int]:
+        """Of an engine for episodes, which all rows of a batch reach and leave together: one size of decode programs,
+        and a whole batch is read before its first step."""
+        rows, buckets = self.options.batch_size, self._bare.options.prefill_buckets
+        assert rows is not None
+        assert buckets is not None
+        return {"max_batch_size": rows, "min_batch_size": rows, "prefill_tokens": rows * buckets[-1]}
 
     def _pages(self, tokens: int, batch_size: int) -> int:
         """Base pages of a batch when every agent writes its own."""

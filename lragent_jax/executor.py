@@ -104,7 +104,8 @@ class Executor:
 
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
     them and to a power of two. It has `max_batch_size` rows at most, in decoding `min_batch_size` at least, in prefill
-    `prefill_batch_size` rows and `token_budget` tokens. So their number is bounded and nothing compiles after a `Warmup`.
+    `prefill_batch_size` rows and `token_budget` tokens. So their number is bounded and nothing compiles after a
+    `Warmup`.
     """
 
     def __init__(

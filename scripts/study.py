@@ -8,7 +8,8 @@ Every FOLDER holds the adapters plan, action and reflect. Regime: greedy, static
 freely, tools answering; KL, top-1 agreement and likelihood are teacher-forced, one trajectory at a time. Everything
 that is finished is in RESULTS.json, and the same command goes on from there. `--report` writes tables and plots from
 that file alone. Several devices share a study by measuring different `--modes`, `--kinds` or `--parts`, each into a
-file of its own, which `--merge FILE …` then puts together in RESULTS.json. The last line on standard output is JSON.
+file of its own, which `--merge FILE …` then puts together in RESULTS.json. Agents that were trained anew are others:
+`--drop KIND …` forgets what RESULTS.json has of the old ones. The last line on standard output is JSON.
 
 Recorded trajectories, in the form of `lragent replay`, are trained on and measured on in two steps:
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if arguments.merge:
             outcome = _merge(arguments)
+        elif arguments.drop:
+            outcome = _drop(arguments)
         elif arguments.report:
             outcome = {"written": [str(path) for path in write_report(Results(arguments.out), arguments.docs)]}
         elif arguments.write_recorded:
@@ -103,12 +106,20 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
-    results = Results(arguments.out, fresh=arguments.fresh)
     for other in arguments.merge:
         if not other.is_file():
             raise InputError(f"there is no file {other} to merge")
+    results = Results(arguments.out, fresh=arguments.fresh)
+    for other in arguments.merge:
         results.merge(Results(other))
     return {"cells": {part: len(cells) for part, cells in results.data["cells"].items()}}
+
+
+def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
+    results = Results(arguments.out)
+    for kind in arguments.drop:
+        results.drop(kind)
+    return {"kinds": list(results.data["kinds"])}
 
 
 def _write_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12; 1 on a CPU)")
     parser.add_argument("--implementation", help="of lora_attention")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the cells of these results")
+    parser.add_argument("--drop", nargs="+", metavar="KIND", help="forget the results of these kinds of agents")
     parser.add_argument("--report", action="store_true", help="write tables and plots from the results")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes")
     parser.add_argument("--write-recorded", type=Path, metavar="FILE", help="write examples to train on")

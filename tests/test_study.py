@@ -222,6 +222,26 @@ def test_other_adapters_under_a_kinds_name_are_refused(bench, tmp_path):
     Study(bench, [dataclasses.replace(APART, name="joint")], Results(results.path, fresh=True), SCALE)
 
 
+def test_results_of_old_agents_are_forgotten_and_no_others(bench, tmp_path):
+    results = Results(tmp_path / "r.json")
+    Study(bench, [SHARED, APART], results, SCALE)
+    assert set(results.data["kinds"]) == {"joint", "apart", "apart_stacked"}
+    for kind in results.data["kinds"]:
+        results.add("episodes", {f"{kind} none": {"kind": kind}})
+        results.add("sensitivity", {kind: {"kind": kind}})
+    load_script("study").main(["--drop", "apart", "--out", str(results.path)])
+    left = Results(results.path)
+    assert set(left.data["kinds"]) == {"joint"}
+    assert left.data["cells"] == {
+        "episodes": {"joint none": {"kind": "joint"}},
+        "sensitivity": {"joint": {"kind": "joint"}},
+    }
+    with pytest.raises(SystemExit, match="no results of 'apart' to drop; it has: joint"):
+        load_script("study").main(["--drop", "apart", "--out", str(results.path)])
+    assert Results(results.path).data == left.data
+    Study(bench, [dataclasses.replace(SHARED, name="apart")], left, SCALE)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "lragent-study", "version": 0}', "{"])
 def test_a_file_that_holds_no_results_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)

@@ -52,8 +52,20 @@ class Results:
             different = [role for role, value in identity["adapters"].items() if before["adapters"].get(role) != value]
             raise InputError(
                 f"{self.path} has results of {name} with other adapters ({', '.join(different)} differ): give these "
-                "another name, name another file, or start it anew (--fresh)"
+                f"another name, name another file, or forget those results (--drop {identity.get('reference', name)})"
             )
+
+    def drop(self, kind: str) -> None:
+        """Forgets a kind of agents, those stacked from it, and all that was measured of them; `InputError` without."""
+        kinds = self.data["kinds"]
+        dropped = {name for name, identity in kinds.items() if kind in (name, identity["reference"])}
+        if not dropped:
+            raise InputError(f"{self.path} has no results of {kind!r} to drop; it has: {', '.join(kinds) or 'none'}")
+        for name in dropped:
+            del kinds[name]
+        for part, cells in self.data["cells"].items():
+            self.data["cells"][part] = {key: cell for key, cell in cells.items() if cell["kind"] not in dropped}
+        self.save()
 
     def merge(self, other: "Results") -> None:
         """Takes the cells of `other` that this one lacks; both must belong to the same study and the same agents."""

@@ -110,8 +110,8 @@ class EngineOptions:
                 raise InputError(f"{name} must be an integer of at least {least[name]}, not {value!r}")
         if self.min_batch_size > self.max_batch_size:
             raise InputError(
-                f"min_batch_size {self.min_batch_size} is more than max_batch_size {self.max_batch_size}: lower the one "
-                "or raise the other"
+                f"min_batch_size {self.min_batch_size} is more than max_batch_size {self.max_batch_size}: lower the "
+                "one or raise the other"
             )
         if not isinstance(self.prefix_cache, bool):
             raise InputError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")

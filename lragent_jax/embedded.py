@@ -68,7 +68,7 @@ def embedded_engine(
     return Engine.from_pretrained(
         find_model(),
         adapter_folders(),
-        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+        dtype=dtype,
         sharing=sharing,
         num_pages=num_pages,
         progress=progress,

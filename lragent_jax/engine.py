@@ -25,7 +25,7 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError, OutOfPagesError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
-from lragent_jax.options import EngineOptions, weight_dtype
+from lragent_jax.options import EngineOptions, engine_dtype
 from lragent_jax.outputs import GenerationOutput, ScoreOutput, StreamPiece
 from lragent_jax.paged_cache import CacheStats, PagedCache
 from lragent_jax.sampling_params import SamplingParams
@@ -125,17 +125,19 @@ class Engine:
         model: str | Path,
         adapters: Mapping[str, str | Path | Adapter] | None = None,
         *,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> "Engine":
         """Loads a model and its agents.
 
         `model`: a Hugging Face folder (safetensors), a GGUF file, or an Orbax checkpoint of ours. `adapters`: agent
-        name to a PEFT folder or an Orbax one. `options` are the fields of `EngineOptions`. Raises `CheckpointError`,
-        `ConfigError`, `AdapterError` or `InputError`; whatever can be wrong is looked at before the weights are read.
+        name to a PEFT folder or an Orbax one. `dtype`: of weights and caches; by default float32 on a CPU, bfloat16
+        elsewhere. `options` are the fields of `EngineOptions`. Raises `CheckpointError`, `ConfigError`, `AdapterError`
+        or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
-        wanted, checked = weight_dtype(dtype), EngineOptions.from_keywords(options)
+        checked = EngineOptions.from_keywords(options)
+        wanted = engine_dtype(dtype)
         config, tokenizer = read_config(model), load_tokenizer(model)
         layers_to_recompute(checked.recompute_layers, config.num_layers)
         shardings = Devices.of(checked.tensor_parallel).weight_shardings(config, wanted)
@@ -158,14 +160,15 @@ class Engine:
         targets: Sequence[str] = ("q", "v"),
         shared_a: bool = True,
         seed: int = 0,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         **options: Any,
     ) -> "Engine":
         """Random weights of a well-known shape (`LlamaConfig.preset`) and random adapters, for benchmarks and trials.
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
-        wanted, checked = weight_dtype(dtype), EngineOptions.from_keywords(options)
+        checked = EngineOptions.from_keywords(options)
+        wanted = engine_dtype(dtype)
         config = LlamaConfig.preset(preset)
         layers_to_recompute(checked.recompute_layers, config.num_layers)
         shardings = Devices.of(checked.tensor_parallel).weight_shardings(config, wanted)

@@ -144,8 +144,14 @@ class EngineOptions:
             raise InputError(f"{', '.join(given)} without distributed=True: this engine runs in one process")
 
 
-def weight_dtype(name: str):
-    """The weights' and caches' dtype by name."""
+def default_dtype() -> str:
+    """Of weights and caches: float32 on a CPU, which converts most of what is narrower, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def engine_dtype(name: str | None):
+    """The weights' and caches' dtype by name; None takes `default_dtype`."""
+    name = default_dtype() if name is None else name
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
     return jnp.dtype(name)

@@ -16,6 +16,7 @@ from lragent_jax.cli.console import labelled, progress_bar
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import read_config, read_model
+from lragent_jax.options import default_dtype
 from lragent_jax.react import read_trajectories
 from lragent_jax.recording import Recording
 from lragent_jax.sensitivity import layer_drift, most_drifting
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1 / 3, help="of all layers")
     parser.add_argument("--limit", type=int, default=8, help="trajectories")
     parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype())
     arguments = parser.parse_args()
 
     trajectories = read_trajectories(arguments.file)[: arguments.limit]

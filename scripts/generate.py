@@ -18,6 +18,7 @@ from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.bank_builder import bank_ranks, build_bank
 from lragent_jax.models.cache_view import BaseCache, LowRankCache, PageTable
 from lragent_jax.models.folder import read_model
+from lragent_jax.options import default_dtype
 from lragent_jax.sampling import sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.tokenizer import load_tokenizer
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--adapter")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--modes", default=",".join(SHARING_MODES))
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="bfloat16; float32 on a CPU")
     arguments = parser.parse_args()
 
     trajectories = read_trajectories(arguments.file)[: arguments.limit]

@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="episodes at a time (64; 32 on a CPU)")
     parser.add_argument("--pool-gigabytes", type=float, help="what the caches may take (40; 6 on a CPU)")
     parser.add_argument("--page-size", type=int, help="tokens per page (64; 128 on a TPU)")
-    parser.add_argument("--prefill-buckets", help="chunk lengths (256,1024; 32 on a CPU)")
+    parser.add_argument("--prefill-buckets", help="chunk lengths (256,1024; 32,128 on a CPU)")
     parser.add_argument("--prefill-batch-size", type=int, help="episodes of a prefill program (4; 1 on a CPU)")
     parser.add_argument("--decode-block", type=int, help="tokens between two looks of the host (12; 1 on a CPU)")
     parser.add_argument("--implementation", help="of lora_attention")

@@ -20,6 +20,7 @@ from lragent_jax.models.errors import (
     TrajectoryBusyError,
     TrajectoryClosedError,
 )
+from lragent_jax.options import default_dtype
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import SHARING_MODES
 
@@ -477,6 +478,7 @@ def test_engines_that_cannot_start():
         Engine.from_preset("llama-9")
     with pytest.raises(InputError, match="dtype"):
         Engine.from_preset("tiny", dtype="int8")
+    assert Engine.from_preset("tiny", num_pages=1).dtype == default_dtype()
     other = LlamaConfig(2, 64, 96, 4, 2, 16, 128, 64)
     with pytest.raises(AdapterError, match="base"):
         tiny_engine("base_lr", {"plan": random_adapter(other, rank=2, seed=0)})

@@ -42,7 +42,7 @@ def generate(
     sharing: Annotated[str, typer.Option(help="The sharing mode.")] = "base_lr",
     recompute_layers: options.RecomputeLayers = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
-    dtype: options.Dtype = "bfloat16",
+    dtype: options.Dtype = None,
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
     tensor_parallel: options.TensorParallel = 1,

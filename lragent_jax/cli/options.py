@@ -27,7 +27,13 @@ Adapters = Annotated[
     list[str],
     typer.Option("--adapter", metavar="NAME=FOLDER", help="An agent and its PEFT or Orbax folder; repeatable."),
 ]
-Dtype = Annotated[str, typer.Option(help="Of weights and caches: bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of weights and caches: bfloat16, float16 or float32; by default float32 on a CPU, bfloat16 elsewhere.",
+        show_default=False,
+    ),
+]
 NumPages = Annotated[
     int | None, typer.Option(help="Pages of the base cache; by default as many as the run needs.", show_default=False)
 ]

@@ -32,7 +32,7 @@ def replay(
         int | None, typer.Option(min=1, help="Cut longer trajectories behind an output.", show_default=False)
     ] = None,
     recompute_layers: options.RecomputeLayers = None,
-    dtype: options.Dtype = "bfloat16",
+    dtype: options.Dtype = None,
     num_pages: options.NumPages = None,
     page_size: options.PageSize = None,
     tensor_parallel: options.TensorParallel = 1,

@@ -14,6 +14,7 @@ from lragent_jax.engine import Engine, Progress
 from lragent_jax.episodes import num_pages
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import find_model, read_model
+from lragent_jax.options import default_dtype
 from lragent_jax.react import ROLES
 from lragent_jax.sharing import SharingMode
 from lragent_jax.study.agent_set import AgentSet
@@ -44,12 +45,12 @@ class BenchOptions:
         """The options that are given, and for the rest those of this backend."""
         on_cpu = jax.default_backend() == "cpu"
         defaults = {
-            "dtype": "float32" if on_cpu else "bfloat16",
+            "dtype": default_dtype(),
             # On a CPU a step of decoding costs little more for many rows than for a few, a program takes as long to
             # compile as thousands of tokens to run, and a token behind a stop string costs what any token does.
             "batch_size": 32 if on_cpu else 64,
             "pool_gigabytes": 6.0 if on_cpu else 40.0,
-            "prefill_buckets": (32,) if on_cpu else (256, 1024),
+            "prefill_buckets": (32, 128) if on_cpu else (256, 1024),
             "prefill_batch_size": 1 if on_cpu else 4,
             "decode_block": 1 if on_cpu else 12,
             "compile_ahead": not on_cpu,  # it compiles some programs too many, and a CPU has no cores to spare for that

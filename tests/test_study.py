@@ -37,7 +37,7 @@ SCALE = Scale(
 OPTIONS = BenchOptions(
     dtype="float32", batch_size=2, pool_gigabytes=1.0, page_size=512, prefill_buckets=(32, 512), decode_block=4
 )
-SHARED, APART = AgentSet("joint", text_models.adapters()), AgentSet("apart", text_models.adapters((1, 2, 3)))
+SHARED, APART = AgentSet("embedded", text_models.adapters()), AgentSet("apart", text_models.adapters((1, 2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_cells_hold_what_tables_need_and_modes_get_the_same_questions(bench, tmp
     results = Results(tmp_path / "r.json")
     Study(bench, [SHARED], results, SCALE, modes=["none", "full"]).run(["episodes"])
     cells = json.loads((tmp_path / "r.json").read_text())["cells"]["episodes"]
-    none, full = (cells[f"joint {mode} 1200 tokens mixed hops 2 questions 0"] for mode in ("none", "full"))
+    none, full = (cells[f"embedded {mode} 1200 tokens mixed hops 2 questions 0"] for mode in ("none", "full"))
     for cell in (none, full):
         assert cell["right"] == "00"
         assert cell["ends"] == {"steps": 2}
@@ -193,12 +193,12 @@ def test_cells_that_are_expected_to_take_long():
 
 def test_the_grid_of_the_full_study_and_its_order():
     sets = with_stacked([APART, SHARED])
-    assert [each.name for each in sets] == ["apart", "apart_stacked", "joint"]
+    assert [each.name for each in sets] == ["apart", "apart_stacked", "embedded"]
     cells = list(episode_cells(sets, SHARING_MODES, FULL, 0))
     assert len({cell.key for cell in cells}) == len(cells) == 7 * 3 * 5 + 2 * 3 * (7 + 3)
     assert [(c.mode, c.hops) for c in cells[:4]] == [("none", 1), ("none", 2), ("none", 3), ("full", 1)]
-    assert {(c.agents.name, c.tokens, c.num_questions) for c in cells[:21]} == {("joint", 1000, 500)}
-    assert {c.agents.name for c in cells[:105]} == {"joint"}
+    assert {(c.agents.name, c.tokens, c.num_questions) for c in cells[:21]} == {("embedded", 1000, 500)}
+    assert {c.agents.name for c in cells[:105]} == {"embedded"}
     assert {c.mode for c in cells if c.agents.name == "apart_stacked"} == set(STACKED_MODES)
     assert {(c.tokens, c.num_questions) for c in cells[105:]} == {(1000, 200), (4000, 200)}
     assert {c.num_questions for c in episode_cells(sets, ["none"], FULL.with_questions(7), 0)} == {7}
@@ -212,31 +212,31 @@ def test_reduced_runs_have_fifty_questions_of_mixed_hops_and_two_lengths():
 def test_other_adapters_under_a_kinds_name_are_refused(bench, tmp_path):
     results = Results(tmp_path / "r.json")
     Study(bench, [SHARED], results, SCALE)
-    with pytest.raises(InputError, match=r"results of joint with other adapters \(plan, action, reflect differ\)"):
-        Study(bench, [dataclasses.replace(APART, name="joint")], results, SCALE)
+    with pytest.raises(InputError, match=r"results of embedded with other adapters \(plan, action, reflect differ\)"):
+        Study(bench, [dataclasses.replace(APART, name="embedded")], results, SCALE)
     with pytest.raises(InputError, match="was measured with seed 0, and this is 1"):
         Study(bench, [SHARED], results, SCALE, seed=1)
     with pytest.raises(InputError, match="was measured with scale 'toy', and this is 'full'"):
         Study(bench, [SHARED], results, FULL)
     results.save()
-    Study(bench, [dataclasses.replace(APART, name="joint")], Results(results.path, fresh=True), SCALE)
+    Study(bench, [dataclasses.replace(APART, name="embedded")], Results(results.path, fresh=True), SCALE)
 
 
 def test_results_of_old_agents_are_forgotten_and_no_others(bench, tmp_path):
     results = Results(tmp_path / "r.json")
     Study(bench, [SHARED, APART], results, SCALE)
-    assert set(results.data["kinds"]) == {"joint", "apart", "apart_stacked"}
+    assert set(results.data["kinds"]) == {"embedded", "apart", "apart_stacked"}
     for kind in results.data["kinds"]:
         results.add("episodes", {f"{kind} none": {"kind": kind}})
         results.add("sensitivity", {kind: {"kind": kind}})
     load_script("study").main(["--drop", "apart", "--out", str(results.path)])
     left = Results(results.path)
-    assert set(left.data["kinds"]) == {"joint"}
+    assert set(left.data["kinds"]) == {"embedded"}
     assert left.data["cells"] == {
-        "episodes": {"joint none": {"kind": "joint"}},
-        "sensitivity": {"joint": {"kind": "joint"}},
+        "episodes": {"embedded none": {"kind": "embedded"}},
+        "sensitivity": {"embedded": {"kind": "embedded"}},
     }
-    with pytest.raises(SystemExit, match="no results of 'apart' to drop; it has: joint"):
+    with pytest.raises(SystemExit, match="no results of 'apart' to drop; it has: embedded"):
         load_script("study").main(["--drop", "apart", "--out", str(results.path)])
     assert Results(results.path).data == left.data
     Study(bench, [dataclasses.replace(SHARED, name="apart")], left, SCALE)
@@ -277,11 +277,11 @@ def test_episodes_compile_nothing_that_was_compiled_ahead(model):
 
 def test_another_kind_can_be_the_main_one(tmp_path):
     text_models.write_adapters(tmp_path, dict(SHARED.adapters))
-    sets = [read_agents(name, tmp_path, text_models.CONFIG, "shared_a") for name in ("joint", "shared_a")]
+    sets = [read_agents(name, tmp_path, text_models.CONFIG, "shared_a") for name in ("embedded", "shared_a")]
     assert [agents.is_main for agents in sets] == [False, True]
     assert SHARED.is_main
     cells = list(episode_cells(sets, ["base_lr"], FULL, 0))
-    of_kind = [[cell.tokens for cell in cells if cell.agents.name == name] for name in ("shared_a", "joint")]
+    of_kind = [[cell.tokens for cell in cells if cell.agents.name == name] for name in ("shared_a", "embedded")]
     assert len(of_kind[0]) > len(of_kind[1]) > 0
     assert cells[0].agents.name == "shared_a"
 

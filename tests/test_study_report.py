@@ -171,3 +171,28 @@ def test_plots_are_written_and_shown(results, tmp_path):
     for plot in plots:
         assert plot.stat().st_size > 5000
         assert f"({plot.name})" in page.read_text()
+
+
+def test_a_training_that_was_repeated_stands_beside_the_first_and_is_not_drawn(results):
+    identity = {"adapters": dict.fromkeys(ROLES, "other"), "ranks": {}, "num_groups": 1}
+    assert "Trained twice" not in markdown(results)
+    for kind, reference in (("apart_again", "apart_again"), ("apart_again_stacked", "apart_again")):
+        results.use_agents(kind, identity | {"reference": reference})
+    again = [
+        cell("apart_again", "none", "111111", None),
+        cell("apart_again", "full", "000000", None),
+        cell("apart_again_stacked", "base_lr", "111110", None),
+        cell("apart_again", "none", "111111", None, tokens=4000),
+    ]
+    results.add("episodes", {f"again {i}": one for i, one in enumerate(again)})
+    page = markdown(results)
+    compared = page.split("## Trained twice: ")[1:]
+    assert [part.split("\n")[0] for part in compared] == ["apart", "apart_stacked"]
+    header, _, *rows = [line for line in compared[0].split("## ")[0].splitlines() if line.startswith("|")]
+    assert header == "| sharing | 1,000 tokens | 1,000 tokens, again |", "the first was not measured at 4,000"
+    assert [row.split(" (")[0] for row in rows] == ["| `none` | 66.7"], "nor under full"
+    assert "| 100.0 (61.0 to 100.0) |" in rows[0]
+    assert "| `base_lr` | 50.0 (" in compared[1]
+    assert "\n* apart_again: " in page
+    assert "apart_again" not in Grid(results).first_kinds
+    assert "## Free episodes: apart_again_stacked" in page

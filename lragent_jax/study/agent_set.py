@@ -11,11 +11,14 @@ from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.react import ROLES
 
-MAIN_KIND = "joint"
-"""The kind of the embedded agents, which the study looks at most closely unless it is told of another one."""
+MAIN_KIND = "embedded"
+"""The agents that come with the package, which the study looks at most closely unless it is told of another kind."""
 
 RECORDED_KIND = "recorded"
 """Agents that were trained on recorded text."""
+
+AGAIN, STACKED = "_again", "_stacked"
+"""Ends of the names of kinds: another kind's training repeated, and another kind's agents as one A-group."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class AgentSet:
         """The same agents as one A-group."""
         adapters = stack_adapters(list(self.adapters.values()))
         stacked = dict(zip(self.adapters, adapters, strict=True))
-        return AgentSet(f"{self.name}_stacked", stacked, self.name, self.main_kind)
+        return AgentSet(f"{self.name}{STACKED}", stacked, self.name, self.main_kind)
 
 
 def read_agents(name: str, folder: Path, config: LlamaConfig, main_kind: str = MAIN_KIND) -> AgentSet:
@@ -68,6 +71,12 @@ def read_agents(name: str, folder: Path, config: LlamaConfig, main_kind: str = M
         raise InputError(f"{folder} lacks the adapter folders of {', '.join(missing)}")
     adapters = {role: read_adapter(folder / role, config) for role in ROLES}
     return AgentSet(name, adapters, main_kind=main_kind)
+
+
+def repeated(kind: str) -> str:
+    """The name of the kind that is this one trained once more."""
+    trained = kind.removesuffix(STACKED)
+    return f"{trained}{AGAIN}{kind[len(trained) :]}"
 
 
 def with_stacked(sets: Sequence[AgentSet]) -> list[AgentSet]:

@@ -1,9 +1,11 @@
 """The plots of a study."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lragent_jax.figures import MODE_COLOURS, Plot, can_plot, legend_beside, write_figures
+from lragent_jax.study.agent_set import AGAIN
 from lragent_jax.study.grid import Grid
 from lragent_jax.study.results import Results
 
@@ -19,15 +21,20 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
 
 def _plots(results: Results) -> Iterator[Plot]:
     grid = Grid(results)
-    for kind in grid.kinds:
+    for kind in grid.first_kinds:
         if len(grid.complete_lengths(kind)) > 1:
             yield f"length-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_length(axes, grid, kind)
-    for kind in grid.kinds:
+    for kind in grid.first_kinds:
         yield f"hops-{kind}", (6.4, 4.0), lambda axes, kind=kind: _by_hops(axes, grid, kind)
-    if cells := list(results.cells("similarity").values()):
+    if cells := _first(results.cells("similarity")):
         yield "similarity", (6.4, 4.0), lambda axes: _similarity(axes, cells)
-    if cells := list(results.cells("sensitivity").values()):
+    if cells := _first(results.cells("sensitivity")):
         yield "sensitivity", (6.4, 3.2), lambda axes, cells=cells: _sensitivity(axes, cells)
+
+
+def _first(cells: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of no repeated training: lines of one kind are drawn once."""
+    return [cell for cell in cells.values() if AGAIN not in cell["kind"]]
 
 
 def _by_length(axes, grid: Grid, kind: str) -> None:
@@ -38,6 +45,8 @@ def _by_length(axes, grid: Grid, kind: str) -> None:
             for tokens in grid.complete_lengths(kind)
             if (group := grid.group(kind, mode, tokens)) and (accuracy := group.accuracy())
         ]
+        if not found:
+            continue
         shift = 1 + 0.02 * (i - len(modes) / 2)  # so that intervals stand side by side
         xs, estimates = [tokens * shift for tokens, _ in found], [estimate for _, estimate in found]
         axes.errorbar(

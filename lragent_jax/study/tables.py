@@ -6,6 +6,7 @@ from typing import Any
 from lragent_jax.react import ROLES
 from lragent_jax.recording import OUTPUT_KINDS
 from lragent_jax.sharing import SHARING_MODES
+from lragent_jax.study.agent_set import repeated
 from lragent_jax.study.grid import Grid, Group
 from lragent_jax.study.results import Results
 from lragent_jax.study.statistics import Estimate
@@ -18,6 +19,7 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
         *_kinds(results),
         *_images(plots),
         *_by_length(results),
+        *_trained_twice(results),
         *_episodes(results),
         *_teacher_forced(results, "kl", "Teacher-forced on evaluation trajectories", _KL_NOTE),
         *_teacher_forced(results, "recorded", "Recorded text", _RECORDED_NOTE),
@@ -34,9 +36,12 @@ _KINDS = {
     "apart_stacked": "the agents apart as one A-group, whose rank is the sum of theirs.",
     "all": "as apart, with adapters on all seven projections.",
     "all_stacked": "those as one A-group.",
+    "apart_again": "the same training as apart's, repeated.",
+    "all_again": "the same training as all's, repeated.",
     "joint": "all three trained at once on the cache that they will share, with one A of v; every token is run by the "
-    "agent that runs it then. A quarter of the trajectories is run by one agent alone. The embedded agents: "
+    "agent that runs it then. A quarter of the trajectories is run by one agent alone. "
     "`lragent_jax/data/adapters/README.md` has the commands.",
+    "embedded": "the agents that come with the package: a training of kind joint, rounded to bfloat16.",
     "recorded": "shared_a, trained on recorded trajectories.",
 }
 
@@ -61,11 +66,13 @@ train --kind apart --out runs/apart
 train --kind apart --targets all --out runs/all
 python scripts/study.py --adapters shared_a=runs/shared_a --adapters apart=runs/apart --adapters all=runs/all \
     --main shared_a --out RESULTS.json
-python scripts/study.py --adapters joint=runs/joint --out RESULTS.json
+python scripts/study.py --adapters joint=runs/joint --main joint --out RESULTS.json
+python scripts/study.py --out RESULTS.json
 ```
 
-The stacked kinds are made by the study itself. A training on another kind of device, or with another JAX, rounds
-otherwise: its agents are others, and `--out` refuses to mix their cells with these."""
+The last one measures the embedded agents. The stacked kinds are made by the study itself. A training that is repeated
+rounds otherwise: its agents are others, and `--out` refuses to mix their cells with these under one name. Hence apart
+and all have a name with `_again` for the second time, which says what a training by itself decides."""
 
 _LIMITS = """## Limits
 
@@ -136,9 +143,30 @@ def _by_length(results: Results) -> Iterator[str]:
         rows = []
         for mode in grid.modes(kind):
             groups = [grid.group(kind, mode, tokens) for tokens in lengths]
-            rows.append([f"`{mode}`", *(_share(group.accuracy() if group else None) for group in groups)])
+            shares = [_share(group.accuracy() if group else None) for group in groups]
+            if any(shares):
+                rows.append([f"`{mode}`", *shares])
         yield f"## By length: {kind}\n\nQuestions right in %, 1 to 3 hops together."
         yield _table(("sharing", *(f"{tokens:,} tokens" for tokens in lengths)), rows)
+
+
+def _trained_twice(results: Results) -> Iterator[str]:
+    """What a training by itself decides, where one was repeated: all hops together."""
+    grid = Grid(results)
+    for kind in grid.first_kinds:
+        both = (kind, repeated(kind))
+        lengths = [tokens for tokens in grid.lengths(both[1]) if tokens in grid.lengths(kind)]
+        rows = []
+        for mode in grid.modes(kind):
+            groups = [grid.group(of, mode, tokens) for tokens in lengths for of in both]
+            shares = [_share(group.accuracy() if group else None) for group in groups]
+            if any(map(all, zip(shares[::2], shares[1::2], strict=True))):
+                rows.append([f"`{mode}`", *shares])
+        if rows:
+            yield f"## Trained twice: {kind}\n\nQuestions right in %, 1 to 3 hops together, and those of {both[1]}."
+            yield _table(
+                ("sharing", *(f"{tokens:,} tokens{end}" for tokens in lengths for end in ("", ", again"))), rows
+            )
 
 
 def _episodes(results: Results) -> Iterator[str]:

@@ -103,24 +103,21 @@ def compute(
 
     plgpu.copy_gmem_to_smem(inputs.q.at[tile.b, queries, lanes], q, barriers.q_ready.at[warpgroup])
     plgpu.barrier_wait(barriers.q_ready.at[warpgroup])
-
-    def attend():
-        body = functools.partial(attend_block, cfg, first, q, smem, barriers)
-        last = steps - 1
-        state = empty(cfg), score(cfg, 0, q, smem, barriers)
-        state = lax.fori_loop(0, jnp.minimum(unmasked, last), functools.partial(body, masked=False), state)
-        state = lax.fori_loop(jnp.minimum(unmasked, last), last, functools.partial(body, masked=True), state)
-        return attend_last(cfg, first, smem, barriers, last, state)
-
-    state = lax.cond(steps > 0, attend, lambda: empty(cfg))
+    pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.k_ready.at[0]))
+    pl.when(warpgroup == 1)(lambda: take_turn(barriers))
+    body = functools.partial(attend_block, cfg, first, steps, q, smem, barriers)
+    state = lax.fori_loop(0, unmasked, functools.partial(body, masked=False), empty(cfg))
+    state = lax.fori_loop(unmasked, steps, functools.partial(body, masked=True), state)
 
     @pl.loop(steps, all_steps)
-    def _skip(step):  # blocks that only the other warpgroup needs; not before they are there: a slot is freed once
+    def _skip(step):  # blocks that only the other warpgroup needs
         slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
-        for ready, free in ((barriers.k_ready, barriers.k_free), (barriers.v_ready, barriers.v_free)):
-            plgpu.barrier_wait(ready.at[slot])
-            plgpu.barrier_arrive(free.at[slot])
+        plgpu.barrier_arrive(barriers.k_free.at[slot])
+        plgpu.barrier_arrive(barriers.v_free.at[slot])
+        take_turn(barriers)
+        take_turn(barriers)
 
+    pl.when(warpgroup == 0)(lambda: take_turn(barriers))
     finish(cfg, tile, first, state, q, smem, barriers)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q, outputs.o.at[tile.b, queries, lanes])
@@ -129,73 +126,54 @@ def compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def score(cfg: Config, step, q, smem: Memory, barriers: Barriers, meanwhile: Callable[[], Any] | None = None):
-    """Q K of a block of keys; with `meanwhile`, which runs while it is multiplied, that and what this returns."""
-    slot = lax.rem(jnp.int32(step), jnp.int32(cfg.blocks.num_stages))
-    plgpu.barrier_wait(barriers.k_ready.at[slot])
+def take_turn(barriers: Barriers) -> None:
+    plgpu.barrier_arrive(barriers.turn)
+    plgpu.barrier_wait(barriers.turn)
 
-    def multiply(scores):
+
+def attend_block(
+    cfg: Config, first, steps, q, smem: Memory, barriers: Barriers, step, state: Softmax, *, masked: bool
+) -> Softmax:
+    """The state after one more block of keys. Its K has been waited for; the next block's is, too, on return."""
+    block_kv, stages = cfg.blocks.block_kv, jnp.int32(cfg.blocks.num_stages)
+    slot, next_slot = lax.rem(step, stages), lax.rem(step + 1, stages)
+
+    def score(scores):
         plgpu.wgmma(scores, q, smem.k.at[slot].transpose((1, 0)))
-        if meanwhile is None:
-            return scores[...]
-        found = meanwhile()
-        return scores[...], found
+        take_turn(barriers)
+        return scores[...]
 
-    found = pl.run_scoped(multiply, plgpu.ACC((BLOCK_Q, cfg.blocks.block_kv), jnp.float32))
+    scores = pl.run_scoped(score, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
     plgpu.barrier_arrive(barriers.k_free.at[slot])
-    return found
-
-
-def attend_block(cfg: Config, first, q, smem: Memory, barriers: Barriers, step, state, *, masked: bool):
-    """The state after one more block of keys, whose scores are there, and the scores of the next."""
-    softmax, scores = state
-
-    def weigh_them():
-        pin(barriers)
-        found = weigh(cfg, first, step, softmax, scores, masked=masked)
-        pin(barriers)
-        return found
-
-    scores, (softmax, probs) = score(cfg, step + 1, q, smem, barriers, meanwhile=weigh_them)
-    return add_values(cfg, step, softmax, probs, smem, barriers), scores
-
-
-def attend_last(cfg: Config, first, smem: Memory, barriers: Barriers, step, state) -> Softmax:
-    softmax, probs = weigh(cfg, first, step, *state, masked=True)
-    return add_values(cfg, step, softmax, probs, smem, barriers)
-
-
-def weigh(cfg: Config, first, step, state: Softmax, scores, *, masked: bool):
-    """The state with its sums under the new maximum, and the block's weights; its values are still to be added."""
     if masked:
         query, key = (
             plgpu.broadcasted_iota(jnp.int32, scores.shape, dim, layout=plgpu.Layout.WGMMA) for dim in range(2)
         )
-        scores = jnp.where(key + (step * cfg.blocks.block_kv - first) <= query, scores, -jnp.inf)
+        scores = jnp.where(key + (step * block_kv - first) <= query, scores, -jnp.inf)
+
     m = jnp.maximum(state.m, scores.max(axis=1) * cfg.exp2_scale)
     rescale = jnp.exp2(state.m - m)
     probs = jnp.exp2(scores * cfg.exp2_scale - lax.broadcast_in_dim(m, scores.shape, [0]))
     sums = state.l * rescale + probs.sum(axis=1)
-    o, o_lr = (None if a is None else a * lax.broadcast_in_dim(rescale, a.shape, [0]) for a in (state.o, state.o_lr))
-    return lax.optimization_barrier((Softmax(o, o_lr, m, sums), probs.astype(cfg.dtype)))
-
-
-def pin(barriers: Barriers) -> None:
-    """Keeps the compiler from moving arithmetic across: it may, and does, put all of it behind a product's end."""
-    own = barriers.turn.at[lax.axis_index("warpgroup")]
-    plgpu.barrier_arrive(own)
-    plgpu.barrier_wait(own)
-
-
-def add_values(cfg: Config, step, state: Softmax, probs, smem: Memory, barriers: Barriers) -> Softmax:
-    slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+    accumulators = tuple(
+        a * lax.broadcast_in_dim(rescale, a.shape, [0]) for a in (state.o, state.o_lr) if a is not None
+    )
+    accumulators, m, sums, probs = lax.optimization_barrier((accumulators, m, sums, probs.astype(cfg.dtype)))
+    plgpu.barrier_arrive(barriers.turn)
     plgpu.barrier_wait(barriers.v_ready.at[slot])
-    terms = [(state.o, ((probs, smem.v.at[slot]),))]
-    if cfg.r_v:  # the small product first: the faster order where it was timed, at r = 16
-        terms = [(state.o_lr, ((probs, smem.low_rank_v.at[slot].transpose((1, 0))),)), *terms]
-    *o_lr, o = multiply_add(cfg, terms)
+    plgpu.barrier_wait(barriers.turn)
+
+    def await_next():
+        pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(barriers.k_ready.at[next_slot]))
+
+    values = [smem.v.at[slot]]
+    if cfg.r_v:
+        values.append(smem.low_rank_v.at[slot].transpose((1, 0)))
+    terms = [(acc, ((probs, v),)) for acc, v in zip(accumulators, values, strict=True)]
+    # The small product first: the faster order where it was timed, at r = 16.
+    *o_lr, o = multiply_add(cfg, terms[::-1], meanwhile=await_next)
     plgpu.barrier_arrive(barriers.v_free.at[slot])
-    return state._replace(o=o, o_lr=o_lr[0] if o_lr else None)
+    return Softmax(o, o_lr[0] if o_lr else None, m, sums)
 
 
 def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory, barriers: Barriers) -> None:

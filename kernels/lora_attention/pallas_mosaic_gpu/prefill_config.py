@@ -185,7 +185,7 @@ class Config:
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            turn=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
         if not self.r_k:

@@ -26,12 +26,14 @@ class BenchOptions:
     """How fast, not what: none of these decides a result but for rounding. None takes what fits the device.
 
     `batch_size` episodes run at a time, fewer where they are so long that `pool_gigabytes` do not hold them. They are
-    read `prefill_batch_size` at a time, all of them before any is written on: a step of decoding is one for all.
+    read `prefill_batch_size` at a time, all of them before any is written on: a step of decoding is one for all, in a
+    program of `min_batch_size` rows at least (None: of all).
     `compile_ahead`: whether an engine for episodes compiles all of its programs before the first, several at a time.
     """
 
     dtype: str | None = None
     batch_size: int | None = None
+    min_batch_size: int | None = None
     pool_gigabytes: float | None = None
     page_size: int | None = None
     prefill_buckets: Sequence[int] | None = None
@@ -46,9 +48,10 @@ class BenchOptions:
         on_cpu = jax.default_backend() == "cpu"
         defaults = {
             "dtype": default_dtype(),
-            # On a CPU a step of decoding costs little more for many rows than for a few, a program takes as long to
-            # compile as thousands of tokens to run, and a token behind a stop string costs what any token does.
+            # On a CPU a program takes as long to compile as thousands of tokens to run, and a token behind a stop
+            # string costs what any token does.
             "batch_size": 32 if on_cpu else 64,
+            "min_batch_size": 4 if on_cpu else None,  # a step of few rows is a CPU's gain, and takes a GPU as long
             "pool_gigabytes": 6.0 if on_cpu else 40.0,
             "prefill_buckets": (32, 128) if on_cpu else (256, 1024),
             "prefill_batch_size": 1 if on_cpu else 4,
@@ -152,12 +155,12 @@ class Workbench:
         )  # fmt: skip
 
     def _of_batches(self) -> dict[str, int]:
-        """Of an engine for episodes, which all rows of a batch reach and leave together: one size of decode programs,
-        and a whole batch is read before its first step."""
+        """Of an engine for episodes: a whole batch is read before its first step."""
         rows, buckets = self.options.batch_size, self._bare.options.prefill_buckets
         assert rows is not None
         assert buckets is not None
-        return {"max_batch_size": rows, "min_batch_size": rows, "prefill_tokens": rows * buckets[-1]}
+        least = min(self.options.min_batch_size or rows, rows)
+        return {"max_batch_size": rows, "min_batch_size": least, "prefill_tokens": rows * buckets[-1]}
 
     def _pages(self, tokens: int, batch_size: int) -> int:
         """Base pages of a batch when every agent writes its own."""

@@ -96,8 +96,9 @@ class DeviceWork:
 
     def decode(self, requests: Sequence[Request], num_steps: int, num_running: int) -> None:
         """Up to `num_steps` more tokens for each; `num_running` requests decode or will soon."""
-        size = batch_size(max(num_running, self._executor.min_batch_size))
-        self._decode_size = size if size * _SHRINK <= self._decode_size else max(size, self._decode_size)
+        fitting = batch_size(num_running)
+        size = max(fitting, batch_size(self._executor.min_batch_size))
+        self._decode_size = size if fitting * _SHRINK <= self._decode_size else max(size, self._decode_size)
         rows = [request.row for request in requests if request.row is not None]
         key = (self._decode_size, *((r.id, r.num_admissions, r.num_reserved) for r in requests))
         if key != self._decode_key or self._decode_batch is None:

@@ -12,6 +12,7 @@ import jax
 
 from lragent_jax.engine import Engine, Progress
 from lragent_jax.models.errors import CheckpointError
+from lragent_jax.options import EngineOptions
 from lragent_jax.react import ROLES, ReactTrajectory, read_trajectories
 from lragent_jax.sharing import SharingMode
 
@@ -64,6 +65,7 @@ def embedded_engine(
     `dtype` is float32 on a CPU and bfloat16 elsewhere unless given; `num_pages` and `options` are fields of
     `EngineOptions`. Raises `CheckpointError`, which says how to install the model, where it is not there.
     """
+    EngineOptions.from_keywords(options)  # joins other processes, if it is to, before JAX is asked for its devices
     on_cpu = jax.default_backend() == "cpu"
     return Engine.from_pretrained(
         find_model(),

@@ -145,7 +145,7 @@ class EngineOptions:
 
 
 def default_dtype() -> str:
-    """Of weights and caches: float32 on a CPU, which converts most of what is narrower, bfloat16 elsewhere."""
+    """Of weights and caches: float32 on a CPU, at twice the memory, and bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

@@ -16,7 +16,7 @@ from lragent_jax.cli.console import labelled, progress_bar
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import read_config, read_model
-from lragent_jax.options import default_dtype
+from lragent_jax.options import engine_dtype
 from lragent_jax.react import read_trajectories
 from lragent_jax.recording import Recording
 from lragent_jax.sensitivity import layer_drift, most_drifting
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1 / 3, help="of all layers")
     parser.add_argument("--limit", type=int, default=8, help="trajectories")
     parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--dtype", help="bfloat16; float32 on a CPU")
     arguments = parser.parse_args()
 
     trajectories = read_trajectories(arguments.file)[: arguments.limit]
@@ -45,7 +45,7 @@ def main() -> None:
     compilation_cache.enable()
     with progress_bar() as progress:
         config, graphdef, params = read_model(
-            arguments.model, arguments.dtype, progress=labelled(progress, "reading the model")
+            arguments.model, engine_dtype(arguments.dtype), progress=labelled(progress, "reading the model")
         )
         drift = layer_drift(config, graphdef, params, adapters, recordings, progress=progress)
     layers = list(most_drifting(drift, arguments.share))

@@ -18,7 +18,7 @@ from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.bank_builder import bank_ranks, build_bank
 from lragent_jax.models.cache_view import BaseCache, LowRankCache, PageTable
 from lragent_jax.models.folder import read_model
-from lragent_jax.options import default_dtype
+from lragent_jax.options import engine_dtype
 from lragent_jax.sampling import sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.tokenizer import load_tokenizer
@@ -32,21 +32,21 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--adapter")
-    parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--dtype", help="bfloat16; float32 on a CPU")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 
     tokenizer = load_tokenizer(arguments.model)
     if tokenizer is None:
         parser.error(f"{arguments.model} has no tokenizer")
-    config, graphdef, params = read_model(arguments.model, arguments.dtype)
+    dtype = engine_dtype(arguments.dtype)
+    config, graphdef, params = read_model(arguments.model, dtype)
     adapters = [read_adapter(arguments.adapter, config)] if arguments.adapter else []
     ids = tokenizer.encode(arguments.prompt, add_bos=True)
     if not ids:
         parser.error("the prompt is empty")
 
     # The adapters' weights: row 0 of the bank is the empty adapter, row 1 ours.
-    dtype = jnp.dtype(arguments.dtype)
     bank = build_bank(config, adapters, dtype)
     adapter_ids = np.array([len(adapters)], np.int32)
 

@@ -117,8 +117,7 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
     results = Results(arguments.out)
-    for kind in arguments.drop:
-        results.drop(kind)
+    results.drop(arguments.drop)
     return {"kinds": list(results.data["kinds"])}
 
 

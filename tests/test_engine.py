@@ -20,7 +20,6 @@ from lragent_jax.models.errors import (
     TrajectoryBusyError,
     TrajectoryClosedError,
 )
-from lragent_jax.options import default_dtype
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.sharing import SHARING_MODES
 
@@ -450,6 +449,12 @@ def test_contexts_that_do_not_fit(engine):
     assert trajectory.token_ids == QUESTION
 
 
+def test_weights_are_float32_on_a_cpu_unless_asked_otherwise():
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    assert Engine.from_preset("tiny", num_pages=1).dtype.name == default
+    assert Engine.from_preset("tiny", num_pages=1, dtype="bfloat16").dtype.name == "bfloat16"
+
+
 def test_engines_that_cannot_start():
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"num_pages": 0}, InputError, "num_pages"),
@@ -478,7 +483,6 @@ def test_engines_that_cannot_start():
         Engine.from_preset("llama-9")
     with pytest.raises(InputError, match="dtype"):
         Engine.from_preset("tiny", dtype="int8")
-    assert Engine.from_preset("tiny", num_pages=1).dtype == default_dtype()
     other = LlamaConfig(2, 64, 96, 4, 2, 16, 128, 64)
     with pytest.raises(AdapterError, match="base"):
         tiny_engine("base_lr", {"plan": random_adapter(other, rank=2, seed=0)})

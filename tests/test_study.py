@@ -236,8 +236,8 @@ def test_results_of_old_agents_are_forgotten_and_no_others(bench, tmp_path):
         "episodes": {"embedded none": {"kind": "embedded"}},
         "sensitivity": {"embedded": {"kind": "embedded"}},
     }
-    with pytest.raises(SystemExit, match="no results of 'apart' to drop; it has: embedded"):
-        load_script("study").main(["--drop", "apart", "--out", str(results.path)])
+    with pytest.raises(SystemExit, match="no results of apart, x to drop; it has: embedded"):
+        load_script("study").main(["--drop", "embedded", "apart", "x", "--out", str(results.path)])
     assert Results(results.path).data == left.data
     Study(bench, [dataclasses.replace(SHARED, name="apart")], left, SCALE)
 
@@ -273,6 +273,17 @@ def test_episodes_compile_nothing_that_was_compiled_ahead(model):
         run_cell(cell, engine, bench.batch_size(cell.tokens), lambda *_: None)
     assert watch.num_programs == 0
     assert bench.engine(SHARED, "base_lr", None) is engine
+
+
+def test_a_whole_batch_is_read_before_its_first_step(model):
+    bench = Workbench(model, dataclasses.replace(OPTIONS, batch_size=4, prefill_buckets=(32,)), SCALE.longest)
+    options = bench.engine(SHARED, "full", None).options
+    chunks = -(-episodes.max_tokens(bench.engine(SHARED, "full", None), SCALE.longest) // 32)
+    assert options.prefill_tokens >= 4 * 32 * chunks
+    assert (options.max_batch_size, options.min_batch_size) == (4, 4)
+    few = Workbench(model, dataclasses.replace(OPTIONS, batch_size=4, min_batch_size=2), SCALE.longest)
+    assert few.engine(SHARED, "full", None).options.min_batch_size == 2
+    assert few.surroundings()["min_batch_size"] == 2
 
 
 def test_another_kind_can_be_the_main_one(tmp_path):

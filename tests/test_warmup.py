@@ -21,6 +21,7 @@ from lragent_jax.engine import Engine
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.llama import Block, random_params
 from lragent_jax.models.packed_rows import PackedRows
+from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.warmup import Warmup, collector_paused, compile_side_by_side
 
 
@@ -87,6 +88,23 @@ def test_few_rows_decode_in_the_program_of_many():
     with CompileWatch() as watch:
         assert [engine.generate(prompt, "plan", max_new_tokens=6).token_ids for prompt in prompts] == want
     assert watch.num_programs == 0
+
+
+def test_a_batch_shrinks_to_the_smallest_when_few_are_left():
+    sizes = []
+    engine = tiny_engine("full", min_batch_size=2, max_batch_size=16, num_pages=96, decode_block=1)
+    decode = engine._executor.decode
+
+    def counting(batch, num_steps):
+        sizes.append(len(batch.slot_ids))
+        return decode(batch, num_steps)
+
+    engine._executor.decode = counting
+    params = [SamplingParams(max_new_tokens=8 if i == 0 else 3, ignore_eos=True) for i in range(9)]
+    engine.generate([[7, 3, 5 + i] for i in range(9)], "plan", params)
+    assert sizes[0] == 16
+    assert sizes[-1] == 2, "one row is an eighth of 16 or less"
+    assert set(sizes) == {16, 2}
 
 
 def test_what_a_warm_up_leaves_out():

@@ -1,7 +1,7 @@
 """The agents of one kind: plan, action and reflect, trained in one way."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def repeated(kind: str) -> str:
     """The name of the kind that is this one trained once more."""
     trained = kind.removesuffix(STACKED)
     return f"{trained}{AGAIN}{kind[len(trained) :]}"
+
+
+def repeated_kinds(kinds: Collection[str]) -> set[str]:
+    """Those of `kinds` that are another one of them trained once more."""
+    return {repeated(kind) for kind in kinds} & set(kinds)
 
 
 def with_stacked(sets: Sequence[AgentSet]) -> list[AgentSet]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lragent_jax.react import ROLES
 from lragent_jax.sharing import SHARING_MODES
-from lragent_jax.study.agent_set import AGAIN, MAIN_KIND
+from lragent_jax.study.agent_set import MAIN_KIND, repeated_kinds
 from lragent_jax.study.results import Results
 from lragent_jax.study.statistics import Estimate, paired_difference, share
 
@@ -82,12 +82,14 @@ class Grid:
     def kinds(self) -> list[str]:
         """The embedded agents' first, those of a repeated training last."""
         found = dict.fromkeys(kind for kind, _, _ in self._groups)
-        return sorted(found, key=lambda kind: (kind != MAIN_KIND, AGAIN in kind))
+        again = repeated_kinds(found)
+        return sorted(found, key=lambda kind: (kind != MAIN_KIND, kind in again))
 
     @property
     def first_kinds(self) -> list[str]:
         """Those that are not another kind's training repeated."""
-        return [kind for kind in self.kinds if AGAIN not in kind]
+        again = repeated_kinds(self.kinds)
+        return [kind for kind in self.kinds if kind not in again]
 
     def complete_lengths(self, kind: str) -> list[int]:
         """Those at which some mode has answered questions of every number of hops."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lragent_jax.figures import MODE_COLOURS, Plot, can_plot, legend_beside, write_figures
-from lragent_jax.study.agent_set import AGAIN
+from lragent_jax.study.agent_set import repeated_kinds
 from lragent_jax.study.grid import Grid
 from lragent_jax.study.results import Results
 
@@ -34,7 +34,8 @@ def _plots(results: Results) -> Iterator[Plot]:
 
 def _first(cells: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of no repeated training: lines of one kind are drawn once."""
-    return [cell for cell in cells.values() if AGAIN not in cell["kind"]]
+    again = repeated_kinds({cell["kind"] for cell in cells.values()})
+    return [cell for cell in cells.values() if cell["kind"] not in again]
 
 
 def _by_length(axes, grid: Grid, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,18 @@ class Results:
             different = [role for role, value in identity["adapters"].items() if before["adapters"].get(role) != value]
             raise InputError(
                 f"{self.path} has results of {name} with other adapters ({', '.join(different)} differ): give these "
-                f"another name, name another file, or forget those results (--drop {identity.get('reference', name)})"
+                f"another name, name another file, or forget those results (--drop {name})"
             )
 
-    def drop(self, kind: str) -> None:
-        """Forgets a kind of agents, those stacked from it, and all that was measured of them; `InputError` without."""
+    def drop(self, dropped_kinds: Collection[str]) -> None:
+        """Forgets kinds of agents, those stacked from them, and all that was measured of them.
+
+        Raises `InputError`, and forgets nothing, where there is nothing of one of them.
+        """
         kinds = self.data["kinds"]
-        dropped = {name for name, identity in kinds.items() if kind in (name, identity["reference"])}
-        if not dropped:
-            raise InputError(f"{self.path} has no results of {kind!r} to drop; it has: {', '.join(kinds) or 'none'}")
+        if unknown := [kind for kind in dropped_kinds if kind not in kinds]:
+            raise InputError(f"{self.path} has no results of {', '.join(unknown)} to drop; it has: {', '.join(kinds)}")
+        dropped = {name for name, of in kinds.items() if {name, of["reference"]} & set(dropped_kinds)}
         for name in dropped:
             del kinds[name]
         for part, cells in self.data["cells"].items():

@@ -6,7 +6,7 @@ from typing import Any
 from lragent_jax.react import ROLES
 from lragent_jax.recording import OUTPUT_KINDS
 from lragent_jax.sharing import SHARING_MODES
-from lragent_jax.study.agent_set import repeated
+from lragent_jax.study.agent_set import repeated, repeated_kinds
 from lragent_jax.study.grid import Grid, Group
 from lragent_jax.study.results import Results
 from lragent_jax.study.statistics import Estimate
@@ -36,8 +36,8 @@ _KINDS = {
     "apart_stacked": "the agents apart as one A-group, whose rank is the sum of theirs.",
     "all": "as apart, with adapters on all seven projections.",
     "all_stacked": "those as one A-group.",
-    "apart_again": "the same training as apart's, repeated.",
-    "all_again": "the same training as all's, repeated.",
+    "apart_again": "the same training as apart's, repeated; apart_again_stacked, those as one A-group.",
+    "all_again": "the same training as all's, repeated; all_again_stacked, those as one A-group.",
     "joint": "all three trained at once on the cache that they will share, with one A of v; every token is run by the "
     "agent that runs it then. A quarter of the trajectories is run by one agent alone. "
     "`lragent_jax/data/adapters/README.md` has the commands.",
@@ -70,14 +70,19 @@ python scripts/study.py --adapters joint=runs/joint --main joint --out RESULTS.j
 python scripts/study.py --out RESULTS.json
 ```
 
-The last one measures the embedded agents. The stacked kinds are made by the study itself. A training that is repeated
-rounds otherwise: its agents are others, and `--out` refuses to mix their cells with these under one name. Hence apart
-and all have a name with `_again` for the second time, which says what a training by itself decides."""
+The last one measures the embedded agents. The stacked kinds are made by the study itself. A training on another kind of
+device, or with another JAX, rounds otherwise: its agents are others, and `--out` refuses to mix their cells with these
+under one name."""
+
+_AGAIN_NOTE = """apart_again and all_again were trained by the commands above, into `runs/apart_again` and
+`runs/all_again`, and measured with `--adapters apart_again=runs/apart_again --adapters all_again=runs/all_again --main
+shared_a`. The commands of the first ones were written down later, from what this page said of them: as far as that goes
+the two differ by how a training rounds, and by where that led it."""
 
 _LIMITS = """## Limits
 
 * One small base (the smaller a model, the more of a task its adapters carry, and the further its agents' states drift
-  apart), one made-up world, one training of every kind of agents: intervals are over questions alone.
+  apart), one made-up world, one training of most kinds of agents: intervals are over questions alone.
 * Greedy decoding. A wrong thought stays in the context, so that every later output reads it: free episodes add up what
   single outputs, teacher-forced, lose.
 * Lengths are those of a right episode, reached with paragraphs about other entities; a wrong episode may end shorter or
@@ -126,6 +131,8 @@ def _kinds(results: Results) -> Iterator[str]:
             yield _JOINT_NOTE
     if "shared_a" in results.data["kinds"]:
         yield _MAKING
+    if repeated_kinds(results.data["kinds"]) & _KINDS.keys():
+        yield _AGAIN_NOTE
 
 
 def _images(plots: Sequence[str]) -> Iterator[str]:
@@ -142,12 +149,16 @@ def _by_length(results: Results) -> Iterator[str]:
             continue
         rows = []
         for mode in grid.modes(kind):
-            groups = [grid.group(kind, mode, tokens) for tokens in lengths]
-            shares = [_share(group.accuracy() if group else None) for group in groups]
+            shares = [_share(_accuracy(grid, kind, mode, tokens)) for tokens in lengths]
             if any(shares):
                 rows.append([f"`{mode}`", *shares])
         yield f"## By length: {kind}\n\nQuestions right in %, 1 to 3 hops together."
         yield _table(("sharing", *(f"{tokens:,} tokens" for tokens in lengths)), rows)
+
+
+def _accuracy(grid: Grid, kind: str, mode: str, tokens: int) -> Estimate | None:
+    group = grid.group(kind, mode, tokens)
+    return group.accuracy() if group else None
 
 
 def _trained_twice(results: Results) -> Iterator[str]:
@@ -155,11 +166,14 @@ def _trained_twice(results: Results) -> Iterator[str]:
     grid = Grid(results)
     for kind in grid.first_kinds:
         both = (kind, repeated(kind))
-        lengths = [tokens for tokens in grid.lengths(both[1]) if tokens in grid.lengths(kind)]
+        lengths = [
+            tokens
+            for tokens in grid.lengths(kind)
+            if any(all(_accuracy(grid, of, mode, tokens) for of in both) for mode in grid.modes(kind))
+        ]
         rows = []
         for mode in grid.modes(kind):
-            groups = [grid.group(of, mode, tokens) for tokens in lengths for of in both]
-            shares = [_share(group.accuracy() if group else None) for group in groups]
+            shares = [_share(_accuracy(grid, of, mode, tokens)) for tokens in lengths for of in both]
             if any(map(all, zip(shares[::2], shares[1::2], strict=True))):
                 rows.append([f"`{mode}`", *shares])
         if rows:
@@ -211,7 +225,7 @@ def _episode_row(mode: str, group: Group, reference: Group | None) -> list[str]:
 
 def _teacher_forced(results: Results, part: str, title: str, note: str) -> Iterator[str]:
     """One table for each kind and length, over all blocks."""
-    cells = list(results.cells(part).values())
+    cells = _repeated_last(results.cells(part))
     if not cells:
         return
     yield f"## {title}\n\n{note}"
@@ -226,6 +240,11 @@ def _teacher_forced(results: Results, part: str, title: str, note: str) -> Itera
         columns = ("sharing", "trajectories", "positions", "KL", "top-1 as `none`", "NLL", "prefilled")
         yield _table(columns, rows)
         yield from _by_output_kind(of_mode)
+
+
+def _repeated_last(cells: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    again = repeated_kinds({cell["kind"] for cell in cells.values()})
+    return sorted(cells.values(), key=lambda cell: cell["kind"] in again)
 
 
 def _by_output_kind(of_mode: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[str]:
@@ -267,7 +286,7 @@ def _teacher_forced_row(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _similarity(results: Results) -> Iterator[str]:
-    cells = results.cells("similarity").values()
+    cells = _repeated_last(results.cells("similarity"))
     if not cells:
         return
     yield (
@@ -290,7 +309,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _sensitivity(results: Results) -> Iterator[str]:
-    cells = results.cells("sensitivity").values()
+    cells = _repeated_last(results.cells("sensitivity"))
     if not cells:
         return
     yield (

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lragent_jax.engine import Engine, Progress
-from lragent_jax.episodes import num_pages
+from lragent_jax.episodes import max_tokens, num_pages
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.folder import find_model, read_model
 from lragent_jax.options import default_dtype
@@ -83,6 +83,7 @@ class Workbench:
         self.options = options
         self._bare = Engine(*self.parts, {}, tokenizer=tokenizer, num_pages=1, **options.of_engine())
         self._engine: tuple[tuple, Engine] | None = None
+        self._longest_episode = longest_episode
         self._num_pages = self._pool_size(longest_episode)
 
     @property
@@ -110,6 +111,7 @@ class Workbench:
             "page_size": self._bare.options.page_size,
             "prefill_buckets": list(self._bare.options.prefill_buckets or ()),
             "prefill_batch_size": self.options.prefill_batch_size,
+            "min_batch_size": self.options.min_batch_size,
             "decode_block": self.options.decode_block,
         }
 
@@ -155,12 +157,13 @@ class Workbench:
         )  # fmt: skip
 
     def _of_batches(self) -> dict[str, int]:
-        """Of an engine for episodes: a whole batch is read before its first step."""
+        """Of an engine for episodes: a whole batch is read, whatever its length, before its first step."""
         rows, buckets = self.options.batch_size, self._bare.options.prefill_buckets
         assert rows is not None
         assert buckets is not None
+        padded = 2 * (max_tokens(self._bare, self._longest_episode) + buckets[-1])  # at most, of chunks and of rows
         least = min(self.options.min_batch_size or rows, rows)
-        return {"max_batch_size": rows, "min_batch_size": least, "prefill_tokens": rows * buckets[-1]}
+        return {"max_batch_size": rows, "min_batch_size": least, "prefill_tokens": rows * padded}
 
     def _pages(self, tokens: int, batch_size: int) -> int:
         """Base pages of a batch when every agent writes its own."""

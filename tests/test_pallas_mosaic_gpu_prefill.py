@@ -47,15 +47,8 @@ CASES = (
     Case("blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16"),
     Case(
         "more blocks of keys than slots",
-        rows=((512, 640, 1), (300, 384, 2)),
-        T=128,
-        K=1,
-        H=64,
-        p=64,
-        r_v=16,
-        r_k=16,
-        dtype="bfloat16",
-    ),
+        rows=((512, 640, 1), (300, 384, 2)), T=128, K=1, H=64, p=64, r_v=16, r_k=16, dtype="bfloat16",
+    ),  # fmt: skip
 )
 
 

@@ -39,16 +39,17 @@ KEYS = Case(
     r_k=8,
     dtype="bfloat16",
 )
+LONG = Case(
+    "more blocks of keys than slots",
+    rows=((512, 640, 1), (300, 384, 2)), T=128, K=1, H=64, p=64, r_v=16, r_k=16, dtype="bfloat16",
+)  # fmt: skip
 CASES = (
     RAGGED,
     Case("merged", rows=((250, 300, 0),), T=70, K=1, H=128, p=64, r_v=0, dtype="float16"),
     Case("pages longer than a block", rows=((250, 300, 1),), T=60, K=1, H=64, p=256, r_v=24, dtype="float16"),
     KEYS,
     Case("blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16"),
-    Case(
-        "more blocks of keys than slots",
-        rows=((512, 640, 1), (300, 384, 2)), T=128, K=1, H=64, p=64, r_v=16, r_k=16, dtype="bfloat16",
-    ),  # fmt: skip
+    LONG,
 )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lragent_jax.devices import choose_devices
 from lragent_jax.kernels.lora_attention.dispatch import IMPLEMENTATIONS
 from lragent_jax.models.errors import InputError
+from lragent_jax.models.weights import DTYPES
 from lragent_jax.processes import join_processes
 from lragent_jax.sharing import Sharing, SharingMode
 
@@ -152,7 +153,7 @@ def default_dtype() -> str:
 def engine_dtype(name: str | None):
     """The weights' and caches' dtype by name; None takes `default_dtype`."""
     name = default_dtype() if name is None else name
-    if name not in ("bfloat16", "float16", "float32"):
+    if name not in DTYPES:
         raise InputError(f"dtype must be bfloat16, float16 or float32, not {name!r}")
     return jnp.dtype(name)
 

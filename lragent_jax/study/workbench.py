@@ -53,8 +53,9 @@ class BenchOptions:
             "batch_size": 32 if on_cpu else 64,
             "min_batch_size": 4 if on_cpu else None,  # a step of few rows is a CPU's gain, and takes a GPU as long
             "pool_gigabytes": 6.0 if on_cpu else 40.0,
-            "prefill_buckets": (32, 128) if on_cpu else (256, 1024),
-            "prefill_batch_size": 1 if on_cpu else 4,
+            "prefill_buckets": (16, 128) if on_cpu else (256, 1024),
+            # Most chunks are a label or a line. On a CPU each by itself would read all weights for a dozen tokens.
+            "prefill_batch_size": 8 if on_cpu else 4,
             "decode_block": 1 if on_cpu else 12,
             "compile_ahead": not on_cpu,  # it compiles some programs too many, and a CPU has no cores to spare for that
         }

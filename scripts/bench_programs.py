@@ -19,6 +19,8 @@ Candidates (`--variant NAME` takes some of them):
   until the block is over.
 * `kernels outside graphs`: XLA's own kernels are put into graphs, ours are not: they go into one by being captured anew
   whenever an argument has moved.
+* `cublasLt in prefill`: products by cublasLt, which can add to what is there.
+* `fusions by cuDNN in prefill`: cuDNN may do a product together with what stands around it, where that is faster.
 * `xla products`: a step's products and what stands around them by XLA's operations, where kernels of our own do them.
 * `row products of 16`: by those kernels for up to 16 rows, so that a few tokens take them, too.
 
@@ -54,6 +56,8 @@ LOOP_IN_A_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
 }
 SAMPLING_IN_A_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"}
+CUBLASLT = {"xla_gpu_enable_cublaslt": "True"}
+CUDNN_FUSIONS = {"xla_gpu_cudnn_gemm_fusion_level": "3"}
 KERNELS_OUTSIDE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN"}
 
 FEW_PER_REPEAT = 8  # these calls are short, and differ from each other by a tenth
@@ -75,6 +79,8 @@ VARIANTS = {
     "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
     "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
+    "cublasLt in prefill": Variant(prefill=NO_CUDA_GRAPHS | CUBLASLT),
+    "fusions by cuDNN in prefill": Variant(prefill=NO_CUDA_GRAPHS | CUDNN_FUSIONS),
     "xla products": Variant(most_rows=0),
     "row products of 16": Variant(most_rows=16),
 }

@@ -126,7 +126,7 @@ def reciprocal_rms(refs, s: Shapes):
 
 def write_normed(refs, turn, x, s: Shapes) -> None:
     """This turn's part of the normalised rows: one block's task, another turn's another's."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(0)
     refs.normed_smem[...] = x
     plgpu.commit_smem()
     part = refs.outs[-1].at[:, pl.ds(turn * s.block_k, s.block_k)]
@@ -162,7 +162,7 @@ def compute(refs, block, s: Shapes, *accumulators) -> None:
     lax.fori_loop(0, s.turns, step, None)
     plgpu.wgmma_wait(0)
     if s.keep_normed:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def column(values, row, s: Shapes):

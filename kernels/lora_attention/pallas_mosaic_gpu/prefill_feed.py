@@ -18,16 +18,14 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
 def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
     """Fills slot after slot with keys and values, as the other warpgroups get done with them."""
     block_kv, stages = cfg.blocks.block_kv, cfg.blocks.num_stages
-
-    def locate_block(step):
-        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
-
-    first_pieces = locate_block(jnp.int32(0))  # in front of the first copy: the compiler moves no load past one
     for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
         if rank:
             adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
             lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
             copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
+
+    def locate_block(step):
+        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
 
     def copy_block(step, pieces):
         slot = lax.rem(step, jnp.int32(stages))
@@ -57,7 +55,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
 
         return next_pieces
 
-    lax.fori_loop(0, steps, copy_block, first_pieces)
+    lax.fori_loop(0, steps, copy_block, locate_block(jnp.int32(0)))
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _drain(step):

@@ -11,8 +11,6 @@ BLOCK_Q = 64  # queries of a warpgroup: rows of one wgmma
 COMPUTE_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 SHARED_MEMORY = 227 * 1024
-EXPANDED_KEYS = 64  # to which low-rank keys are added at a time: rows of one wgmma
-ROPE_SLOTS = 2  # of cosines and sines of so many keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +37,8 @@ def heuristic(head_dim: int, rank_v: int, rank_k: int) -> BlockSizes:
 def shared_memory(head_dim: int, rank_v: int, rank_k: int, blocks: BlockSizes) -> int:
     """Bytes that a program takes: queries, what `Memory` holds of keys and values, and a little for barriers."""
     ranks = padded_rank(rank_v) + padded_rank(rank_k)
-    per_key = blocks.num_stages * (2 * head_dim + ranks)
-    rope = ROPE_SLOTS * EXPANDED_KEYS * head_dim if rank_k else 0
-    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim + rope) + 4 * 1024
+    per_key = blocks.num_stages * (2 * head_dim + ranks) + (head_dim if rank_k else 0)
+    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim) + 4 * 1024
 
 
 def padded_rank(rank: int) -> int:
@@ -85,7 +82,7 @@ class Memory(NamedTuple):
     b_v: Any = None  # [R_v, H]
     low_rank_k: Any = None  # [num_stages, R_k, block_kv]
     b_k: Any = None  # [R_k, H]
-    rope: Any = None  # [ROPE_SLOTS, EXPANDED_KEYS, H]
+    rope: Any = None  # [block_kv, H]
     lse: Any = None  # [2, 64]
 
 
@@ -95,12 +92,11 @@ class Barriers(NamedTuple):
     v_ready: Any  # [num_stages + 1]; the last one: what has landed and must be cleaned before it is ready
     k_free: Any  # [num_stages]
     v_free: Any  # [num_stages]
-    turn: Any = None  # whose turn at the tensor cores it is
-    pinned: Any = None  # [2]; nobody else's: see prefill_ahead
+    turn: Any  # whose turn at the tensor cores it is
     b_ready: Any = None
     k_landed: Any = None  # [num_stages]; K, still without its low-rank part
-    rope_landed: Any = None  # [ROPE_SLOTS]
-    rope_free: Any = None  # [ROPE_SLOTS]
+    rope_landed: Any = None
+    rope_free: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +148,6 @@ class Config:
         return 32 if self.r_k else 64
 
     @property
-    def rope_parts(self) -> int:
-        """Parts in which the cosines and sines of a block's keys come and go."""
-        return self.blocks.block_kv // EXPANDED_KEYS
-
-    @property
-    def rope_ahead(self) -> int:
-        """Blocks whose cosines and sines the slots hold."""
-        return ROPE_SLOTS // self.rope_parts
-
-    def rope_slot(self, step, part: int):
-        """Where those of a part of a block lie."""
-        return part if self.rope_parts == ROPE_SLOTS else lax.rem(step, jnp.int32(ROPE_SLOTS))
-
-    @property
     def low_rank_v_lanes(self) -> int:
         return min(self.blocks.block_kv // 2, self.p)
 
@@ -189,7 +171,7 @@ class Config:
             memory = memory._replace(low_rank_v=low_rank, b_v=tiled(R_v, self.H, lanes=16))
         if self.r_k:
             low_rank = tiled(stages, R_k, block_kv, lanes=16)
-            rope = tiled(ROPE_SLOTS, EXPANDED_KEYS, self.H, lanes=self.k_lanes, dtype=jnp.float16)
+            rope = tiled(block_kv, self.H, lanes=self.k_lanes, dtype=jnp.float16)
             memory = memory._replace(low_rank_k=low_rank, b_k=tiled(R_k, self.H, lanes=16), rope=rope)
         return memory
 
@@ -203,14 +185,13 @@ class Config:
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
         if not self.r_k:
-            return barriers._replace(pinned=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
+            return barriers
         landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
-        rope_landed, rope_free = (plgpu.Barrier(num_barriers=ROPE_SLOTS) for _ in range(2))
-        turn = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
-        return barriers._replace(turn=turn, k_landed=landed, rope_landed=rope_landed, rope_free=rope_free)
+        return barriers._replace(k_landed=landed, rope_landed=plgpu.Barrier(), rope_free=plgpu.Barrier())
 
 
 class Tile(NamedTuple):

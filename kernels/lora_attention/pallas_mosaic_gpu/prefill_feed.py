@@ -1,16 +1,11 @@
 """The warpgroups of a prefill program that supply keys and values: one copies, one expands low-rank keys."""
 
-import functools
-import itertools
-from collections.abc import Callable
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
-    EXPANDED_KEYS,
     Barriers,
     Config,
     Inputs,
@@ -23,16 +18,14 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
 def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
     """Fills slot after slot with keys and values, as the other warpgroups get done with them."""
     block_kv, stages = cfg.blocks.block_kv, cfg.blocks.num_stages
-
-    def locate_block(step):
-        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
-
-    first_pieces = locate_block(jnp.int32(0))  # in front of the first copy: the compiler moves no load past one
     for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
         if rank:
             adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
             lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
             copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
+
+    def locate_block(step):
+        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
 
     def copy_block(step, pieces):
         slot = lax.rem(step, jnp.int32(stages))
@@ -45,8 +38,8 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         copy_base(cfg, inputs, pieces, 0, smem.k.at[slot], k_landed)
         if cfg.r_k:
             copy_low_rank(cfg, inputs.low_rank_k, pieces, cfg.r_k, smem.low_rank_k.at[slot], k_landed)
-            for part in range(cfg.rope_parts):
-                copy_rope(cfg, inputs, step, part, smem, barriers)
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+            plgpu.copy_gmem_to_smem(inputs.rope.at[pl.ds(step * block_kv, block_kv)], smem.rope, barriers.rope_landed)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.v_free.at[slot]))
         copy_base(cfg, inputs, pieces, cfg.H, smem.v.at[slot], v_landed)
         if cfg.r_v:
@@ -62,7 +55,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
 
         return next_pieces
 
-    lax.fori_loop(0, steps, copy_block, first_pieces)
+    lax.fori_loop(0, steps, copy_block, locate_block(jnp.int32(0)))
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _drain(step):
@@ -71,11 +64,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         plgpu.barrier_wait(barriers.v_free.at[slot])
 
     if cfg.r_k:
-
-        @pl.loop(jnp.maximum(steps - cfg.rope_ahead, 0), steps)
-        def _drain_rope(step):
-            for part in range(cfg.rope_parts):
-                plgpu.barrier_wait(barriers.rope_free.at[cfg.rope_slot(step, part)])
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
 
 
 def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
@@ -105,14 +94,6 @@ def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None
         lanes = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
         part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
         copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
-
-
-def copy_rope(cfg: Config, inputs: Inputs, step, part: int, smem: Memory, barriers: Barriers) -> None:
-    """Copies cosines and sines of some keys of a block to where those before them are done with."""
-    slot = cfg.rope_slot(step, part)
-    positions = pl.ds(step * cfg.blocks.block_kv + part * EXPANDED_KEYS, EXPANDED_KEYS)
-    pl.when(step >= cfg.rope_ahead)(lambda: plgpu.barrier_wait(barriers.rope_free.at[slot]))
-    plgpu.copy_gmem_to_smem(inputs.rope.at[positions], smem.rope.at[slot], barriers.rope_landed.at[slot])
 
 
 def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
@@ -150,59 +131,37 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
 
 
 def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
-    """K += RoPE(L B) for slot after slot, 64 keys and some lanes of both halves of the head at a time.
-
-    The tensor cores are busy with what the other warpgroups asked for: so a piece's product is asked for before the
-    piece in front of it is rotated and added. And the next cosines and sines are under way while keys are expanded.
-    """
+    """K += RoPE(L B) for slot after slot, 64 keys and some lanes of both halves of the head at a time."""
     half, width = cfg.H // 2, cfg.k_lanes
-    pieces = [(part, lane) for part in range(cfg.rope_parts) for lane in range(0, half, width)]
     plgpu.barrier_wait(barriers.b_ready)
 
     @pl.loop(0, steps)
     def _block(step):
         slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
         plgpu.barrier_wait(barriers.k_landed.at[slot])
-
-        def places(piece):
-            part, lane = piece
-            return pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS), pl.ds(lane, width), pl.ds(half + lane, width)
-
-        def factors(piece):
-            keys, *lanes = places(piece)
+        plgpu.barrier_wait(barriers.rope_landed)
+        for row in range(0, cfg.blocks.block_kv, 64):
+            keys = pl.ds(row, 64)
             low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
-            return low_rank, [smem.b_k.at[:, of_half] for of_half in lanes]
-
-        def rotate_and_add(piece, x, y):
-            keys, first, second = places(piece)
-            rope_slot = cfg.rope_slot(step, piece[0])
-            if piece[1] == 0:
-                plgpu.barrier_wait(barriers.rope_landed.at[rope_slot])
-            cos, sin = (read(smem.rope.at[rope_slot, :, lanes]) for lanes in (first, second))
-            add(smem.k.at[slot, keys, first], x * cos - y * sin)
-            add(smem.k.at[slot, keys, second], y * cos + x * sin)
-            if piece[1] + width == half:
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(barriers.rope_free.at[rope_slot])
-
-        products = shared_products(*factors(pieces[0]))
-        for piece, following in itertools.pairwise(pieces):
-            meanwhile = functools.partial(rotate_and_add, piece, *products)
-            products = shared_products(*factors(following), meanwhile)
-        rotate_and_add(pieces[-1], *products)
+            for lane in range(0, half, width):
+                first, second = pl.ds(lane, width), pl.ds(half + lane, width)
+                x, y = (shared_product(cfg, low_rank, smem.b_k.at[:, lanes]) for lanes in (first, second))
+                cos, sin = (read(smem.rope.at[keys, lanes]) for lanes in (first, second))
+                add(smem.k.at[slot, keys, first], x * cos - y * sin)
+                add(smem.k.at[slot, keys, second], y * cos + x * sin)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers.rope_free)
         plgpu.barrier_arrive(barriers.k_ready.at[slot])
 
 
-def shared_products(a, others, meanwhile: Callable[[], None] = lambda: None):
-    """a b for every b, refs in shared memory; `meanwhile` runs while they are under way."""
+def shared_product(cfg: Config, a, b):
+    """a b of two refs in shared memory."""
 
-    def multiply(*accumulators):
-        for acc, b in zip(accumulators, others, strict=True):
-            plgpu.wgmma(acc, a, b)
-        meanwhile()
-        return [acc[...] for acc in accumulators]
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
 
-    return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for b in others))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def read(ref):

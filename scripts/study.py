@@ -1,7 +1,7 @@
 """Measures what each sharing mode costs in accuracy, on a world that the agents have not seen.
 
     python scripts/study.py --adapters shared_a=FOLDER --adapters apart=FOLDER --adapters all=FOLDER --out RESULTS.json
-    python scripts/study.py --reduced --out RESULTS.json                     (the embedded agents; a CPU will do)
+    python scripts/study.py --reduced --out RESULTS.json     (the embedded agents; a quarter of an hour on two cores)
     python scripts/study.py --report --out RESULTS.json --docs docs
 
 Every FOLDER holds the adapters plan, action and reflect. Regime: greedy, static batches of episodes that the agents run

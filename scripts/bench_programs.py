@@ -79,8 +79,8 @@ VARIANTS = {
     "sampling in a graph": Variant(decode=SAMPLING_IN_A_GRAPH),
     "loop in a graph": Variant(decode=LOOP_IN_A_GRAPH),
     "kernels outside graphs": Variant(decode=KERNELS_OUTSIDE),
-    "cublasLt in prefill": Variant(prefill=NO_CUDA_GRAPHS | CUBLASLT),
-    "fusions by cuDNN in prefill": Variant(prefill=NO_CUDA_GRAPHS | CUDNN_FUSIONS),
+    "cublasLt in prefill": Variant(prefill=CUBLASLT),
+    "fusions by cuDNN in prefill": Variant(prefill=CUDNN_FUSIONS),
     "xla products": Variant(most_rows=0),
     "row products of 16": Variant(most_rows=16),
 }

@@ -99,7 +99,10 @@ class Case:
 CASES = {
     "q, k, v": Case(1, 512, (128, 64, 64), norm=True),
     "gate and up of nine rows": Case(9, 512, (64, 64), norm=True, gated=True),
+    "q, k, v of eight rows": Case(8, 512, (128, 64, 64), norm=True, shrinks=((1, 8),)),
+    "gate and up of 16 rows, and a residual": Case(16, 512, (64, 64), norm=True, gated=True, residual=True),
     "o": Case(1, 384, (128,), residual=True),
+    "o of six rows": Case(6, 384, (128,), residual=True),
     "down of 16 rows": Case(16, 640, (64,), residual=True),
     "one turn, float16": Case(2, 128, (64,), dtype="float16"),
     "q, k, v of an adapter": Case(1, 512, (128, 64, 64), norm=True, shrinks=((1, 8), (1, 8))),

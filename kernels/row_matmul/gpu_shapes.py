@@ -1,6 +1,7 @@
 """What the products' kernel for NVIDIA Hopper is compiled for: shapes, and how they are cut into blocks."""
 
 import dataclasses
+import math
 
 TILE = 64  # columns of a weight in one instruction of the matrix unit
 LANES = 128  # numbers of a row that the registers' layout takes together
@@ -57,6 +58,11 @@ class Shapes:
         return tuple(out // (TILE * self.tiles) for out in (self.outs[:1] if self.gated else self.outs))
 
     @property
+    def squared_at_once(self) -> int:
+        """Rows whose squares a thread has under way: 128 numbers of them."""
+        return math.gcd(self.rows, max(1, 128 * LANES // self.width))
+
+    @property
     def num_blocks(self) -> int:
         """That make tiles; those behind them make a row's X A each."""
         return sum(self.blocks)
@@ -73,8 +79,9 @@ class Shapes:
         return 2 * self.block_k * (TILE * self.per_stage + self.padded + (self.eps is not None))
 
     def fixed_bytes(self) -> int:
-        """Beside the stages: the rows that are being multiplied, scratch for sums, barriers, alignment."""
-        return (2 + self.keep_normed) * self.padded * self.block_k * 2 + 3 * 1024
+        """Beside the stages: rows that are being multiplied, the residual, scratch for sums, barriers, alignment."""
+        rows = (2 + self.keep_normed) * self.block_k + self.residual * self.tiles * TILE
+        return rows * self.padded * 2 + 3 * 1024
 
 
 def heuristic(shapes: Shapes) -> BlockSizes:

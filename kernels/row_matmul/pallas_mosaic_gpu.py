@@ -30,6 +30,7 @@ PARTS = 8  # of a row, whose sums are added in the end
 SHRINK_LOADS = 16  # of A that a thread has under way, 16 bytes each
 
 WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED  # in which columns that lie side by side are in one register
 
 
 def row_layout():
@@ -52,6 +53,11 @@ def shrink_layout(rank: int):
     if rank == 8:
         return plgpu.Layout.TILED(plgpu.Tiling((tile,)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
     return plgpu.Layout.TILED(plgpu.Tiling((tile, vector)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def columns_of(block, tile, s: Shapes):
+    """Those of a tile of a weight's block."""
+    return pl.ds((block * s.tiles + tile) * TILE, TILE)
 
 
 def bring(refs, block, s: Shapes) -> None:
@@ -82,9 +88,8 @@ def bring(refs, block, s: Shapes) -> None:
             def _(start=start, weights=weights):
                 for i, weight in enumerate(weights):
                     for tile in range(s.tiles):
-                        columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
                         into = refs.w_smem.at[stage, i * s.tiles + tile]
-                        plgpu.copy_gmem_to_smem(weight.at[rows, columns], into, ready)
+                        plgpu.copy_gmem_to_smem(weight.at[rows, columns_of(block - start, tile, s)], into, ready)
 
     def step(turn, _):
         plgpu.barrier_wait(refs.read.at[lax.rem(turn, jnp.int32(s.stages))])
@@ -94,6 +99,10 @@ def bring(refs, block, s: Shapes) -> None:
     ahead = min(s.stages, s.turns)
     lax.fori_loop(0, ahead, lambda turn, _: bring_weights(turn), None)
     lax.fori_loop(0, ahead, lambda turn, _: bring_rows(turn), None)
+    if s.residual:  # long before it is added
+        for tile in range(s.tiles):
+            from_gmem = refs.residual.at[:, columns_of(block, tile, s)]
+            plgpu.copy_gmem_to_smem(from_gmem, refs.residual_smem.at[tile, pl.ds(0, s.rows)], refs.residual_ready)
     lax.fori_loop(ahead, s.turns, step, None)
 
 
@@ -101,9 +110,12 @@ def over_rows(per_lane, s: Shapes):
     return plgpu.layout_cast(lax.broadcast_in_dim(per_lane, (s.padded, s.block_k), (1,)), row_layout())
 
 
-def sum_squares(refs, row) -> None:
-    wide = load(refs.folded.at[row], statistics_layout(), optimized=False).astype(jnp.float32)
-    refs.sums[row, ...] = (wide * wide).sum(axis=1)
+def sum_squares(refs, first, count: int = 1) -> None:
+    """Of so many rows: all of them are asked for before one is waited for."""
+    rows = [load(refs.folded.at[first + i], statistics_layout(), optimized=False) for i in range(count)]
+    for i, row in enumerate(rows):
+        wide = row.astype(jnp.float32)
+        refs.sums[first + i, ...] = (wide * wide).sum(axis=1)
 
 
 def rms_of_row(refs, row, s: Shapes):
@@ -114,7 +126,8 @@ def rms_of_row(refs, row, s: Shapes):
 
 def reciprocal_rms(refs, s: Shapes):
     """1 / rms(x), f32: a number, or of several rows [padded, s.block_k] with a row's in all its lanes."""
-    lax.fori_loop(0, s.rows, lambda row, _: sum_squares(refs, row), None)
+    count = s.squared_at_once
+    lax.fori_loop(0, s.rows // count, lambda turn, _: sum_squares(refs, turn * count, count), None)
     if s.rows == 1:
         return rms_of_row(refs, 0, s)
     number = plgpu.broadcasted_iota(jnp.int32, (s.padded, s.block_k), 0, layout=row_layout())
@@ -175,23 +188,39 @@ def finish(refs, block, tiles, s: Shapes) -> None:
     """Writes the block's columns of every row."""
     dtype, start = refs.x.dtype, 0
 
-    def write(out, columns, tile, row, _):
-        y = column(tiles[tile], row, s).astype(dtype).astype(jnp.float32)
+    def write(out, tile, numbers, residual, layout):
+        """`numbers` takes of a tile's sums what is written, `residual` and `out` are the same of the memory."""
+        y = numbers(tiles[tile]).astype(dtype)
         if s.gated:
-            up = column(tiles[s.tiles + tile], row, s).astype(dtype).astype(jnp.float32)
-            y = y / (1.0 + jnp.exp(-y)) * up
-        if s.residual:
-            there = load(refs.residual.at[row, columns], PER_COLUMN, optimized=False)
-            y = y.astype(dtype).astype(jnp.float32) + there.astype(jnp.float32)
-        out[row, columns] = y.astype(dtype)
+            gate, up = y.astype(jnp.float32), numbers(tiles[s.tiles + tile]).astype(dtype).astype(jnp.float32)
+            y = (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
+        y = plgpu.layout_cast(y, layout)
+        if residual is not None:
+            there = load(residual, layout, optimized=False).astype(jnp.float32)
+            y = (y.astype(jnp.float32) + there).astype(dtype)
+        out[...] = y
 
+    def write_tile(out, columns, tile):
+        residual = refs.residual_smem.at[tile] if s.residual else None
+        if s.rows == s.padded:
+            by_column = None if residual is None else residual.transpose((1, 0))
+            write(out.at[:, columns].transpose((1, 0)), tile, lambda sums: sums, by_column, TRANSPOSED)
+            return
+
+        def write_row(row, _):
+            of_row = None if residual is None else residual.at[row]
+            write(out.at[row, columns], tile, lambda sums: column(sums, row, s), of_row, PER_COLUMN)
+
+        lax.fori_loop(0, s.rows, write_row, None)
+
+    if s.residual:
+        plgpu.barrier_wait(refs.residual_ready)
     for i, count in enumerate(s.blocks):
 
         @pl.when((block >= start) & (block < start + count))
         def _(start=start, out=refs.outs[i]):
             for tile in range(s.tiles):
-                columns = pl.ds(((block - start) * s.tiles + tile) * TILE, TILE)
-                lax.fori_loop(0, s.rows, functools.partial(write, out, columns, tile), None)
+                write_tile(out, columns_of(block - start, tile, s), tile)
 
         start += count
 
@@ -277,6 +306,11 @@ def scratch(s: Shapes, dtype) -> dict:
         buffers |= {
             "scale_smem": plgpu.SMEM((s.stages, s.block_k), dtype),
             "sums": plgpu.SMEM((s.rows, PARTS), jnp.float32),
+        }
+    if s.residual:
+        buffers |= {
+            "residual_smem": plgpu.SMEM((s.tiles, s.padded, TILE), dtype),
+            "residual_ready": plgpu.Barrier(num_arrivals=s.tiles),
         }
     if s.shrinks:
         buffers["shrink_sums"] = plgpu.SMEM((4, max(rank for _, rank in s.shrinks)), jnp.float32)

@@ -12,7 +12,7 @@ from attention_contract import BY_NAME, AttentionContract, Case, arguments, chec
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode, merge
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import PRODUCT_WIDTH, Shapes
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
@@ -107,10 +107,11 @@ A_GROUPS = "decode, A-groups on one prefix"
     [(A_GROUPS, 32, 1, 2), (A_GROUPS, 16, 2, 2), ("low-rank keys", 64, 2, 2), ("many blocks", 64, 1, 3)],
 )
 def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, lanes, monkeypatch, capsys):
-    """Programs run several items; of many blocks, one begins in the middle of a tile."""
+    """Programs run several items; of many blocks, one begins in the middle of a tile; parts are merged one by one."""
     case = to_kernel(BY_NAME[name], p=p, H=64)
     sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=lanes * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
+    monkeypatch.setattr(merge, "BATCH", 1)
     jax.clear_caches()
     args, keywords = arguments(make_inputs(case))
     rows = PlanSizes(min(64 // case.G, len(case.rows) * case.T), max(1, 64 // p), sizes.programs, case.K)

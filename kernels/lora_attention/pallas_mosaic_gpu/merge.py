@@ -1,6 +1,7 @@
 """The second half of decode on Hopper: a row's partial results become its output, B applied once."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load, pin
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import LEAST
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import LANES
 
-BATCH = 8  # loads under way at a time
+BATCH = 16  # records under way at a time
 LN_2 = 0.6931471805599453
 
 
@@ -23,36 +24,53 @@ def strided(width: int):
     return plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
 
 
-def joined(partial, num_parts, r: int, aux_lane: int):
-    """(o [width] and its low-rank lanes [128], both not normalised, m, l) of `num_parts` records at `partial[j]`."""
-    width = aux_lane
+def zeros(width: int):
+    return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), strided(width))
 
-    def batch(turn, carry):
-        o, aux, m, sums = carry
-        first = turn * BATCH
-        indices = [jnp.minimum(first + i, num_parts - 1) for i in range(BATCH)]
-        ms = [partial[j, aux_lane + r] for j in indices]
-        ls = [partial[j, aux_lane + r + 1] for j in indices]
-        os = [load(partial.at[j, pl.ds(0, width)], strided(width)) for j in indices]
-        lrs = [load(partial.at[j, pl.ds(aux_lane, LANES)], strided(LANES)) for j in indices] if r else []
-        m_new = functools.reduce(jnp.maximum, ms, m)
-        rescale = jnp.exp2(m - m_new)
-        weights = [jnp.where(first + i < num_parts, jnp.exp2(m_i - m_new), 0.0) for i, m_i in enumerate(ms)]
-        o = sum((x * w for x, w in zip(os, weights, strict=True)), o * rescale)
-        sums = sum((x * w for x, w in zip(ls, weights, strict=True)), sums * rescale)
-        if r:
-            aux = sum((x * w for x, w in zip(lrs, weights, strict=True)), aux * rescale)
-        return o, aux, m_new, sums
 
-    def zeros(width):
-        return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), strided(width))
+class Records(NamedTuple):
+    """Some partial results as they are read: o [width] and low-rank lanes [128], not normalised, and numbers m, l."""
 
-    start = (zeros(width), zeros(LANES) if r else None, jnp.float32(LEAST), jnp.float32(0))
-    return lax.fori_loop(0, (num_parts + BATCH - 1) // BATCH, batch, start)
+    o: list
+    aux: list
+    m: list
+    l: list  # noqa: E741 (the name that the flash attention papers give it)
+
+
+def fetch(partial, first, num_records: int, r: int, aux_lane: int) -> Records:
+    """`partial[first]` and the next ones; the last one again where there are no more."""
+    capacity = partial.shape[0]
+    indices = [jnp.minimum(first + i, capacity - 1) for i in range(num_records)]
+    return Records(
+        [load(partial.at[j, pl.ds(0, aux_lane)], strided(aux_lane)) for j in indices],
+        [load(partial.at[j, pl.ds(aux_lane, LANES)], strided(LANES)) for j in indices] if r else [],
+        [partial[j, aux_lane + r] for j in indices],
+        [partial[j, aux_lane + r + 1] for j in indices],
+    )
+
+
+def add(state, records: Records, num_parts, first):
+    """The state (o, aux, m, l) with those of the records that were written: the rest may be anything."""
+    o, aux, m, sums = state
+    written = [first + i < num_parts for i in range(len(records.m))]
+    m_new = functools.reduce(
+        jnp.maximum, [jnp.where(is_there, m_i, LEAST) for is_there, m_i in zip(written, records.m, strict=True)], m
+    )
+    rescale = jnp.exp2(m - m_new)
+    weights = [
+        jnp.where(is_there, jnp.exp2(m_i - m_new), 0.0) for is_there, m_i in zip(written, records.m, strict=True)
+    ]
+
+    def total(values, before):
+        terms = [jnp.where(is_there, x, 0.0) * w for is_there, x, w in zip(written, values, weights, strict=True)]
+        return functools.reduce(jnp.add, terms, before * rescale)
+
+    return total(records.o, o), total(records.aux, aux) if records.aux else None, m_new, total(records.l, sums)
 
 
 def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_lane: int, return_lse: bool):
-    refs = list(refs)
+    """One row's head. It takes as long as memory takes to answer, so all is asked for before anything is waited for."""
+    *refs, aux_smem, asked_for = refs
     num_parts, partial = refs.pop(0), refs.pop(0)
     ids = refs.pop(0) if num_adapters else None
     lora_b = refs.pop(0) if r else None
@@ -60,22 +78,32 @@ def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_la
     lse_ref = refs.pop(0) if return_lse else None
     row, n = lax.axis_index("row"), lax.axis_index("n")
     k, g = n // G, n % G
-    parts = num_parts[row]
-    o, aux, m, sums = joined(partial.at[row, :, k, g], parts, r, aux_lane)
-    adapter = None if ids is None else ids[row // T]
+    of_head = partial.at[row, :, k, g]
+    at_once = min(BATCH, of_head.shape[0])
+    adapter, parts = None if ids is None else ids[row // T], num_parts[row]
+    records = fetch(of_head, 0, at_once, r, aux_lane)
+    pin(asked_for)
+    own, own_b = 0, []
     if adapter is not None and lora_b is not None:
-        (aux_smem,) = refs
         own = jnp.clip(adapter, 0, num_adapters - 1)
+        own_b = [load(lora_b.at[own, rho, k], strided(aux_lane)) for rho in range(r)]
+
+    pin(asked_for)
+    state = zeros(aux_lane), zeros(LANES) if r else None, jnp.float32(LEAST), jnp.float32(0)
+    state = add(state, records, parts, 0)
+
+    def batch(turn, state):
+        first = turn * at_once
+        return add(state, fetch(of_head, first, at_once, r, aux_lane), parts, first)
+
+    o, aux, m, sums = lax.fori_loop(1, (parts + at_once - 1) // at_once, batch, state)
+    if own_b:
         aux_smem[...] = aux
 
-        def expand(turn, o):
-            for i in range(8):
-                rho = turn * 8 + i
-                b = load(lora_b.at[own, rho, k], strided(aux_lane))
-                o += aux_smem[rho] * b.astype(jnp.float32)
-            return o
+        def expand():
+            return functools.reduce(jnp.add, [aux_smem[rho] * b.astype(jnp.float32) for rho, b in enumerate(own_b)], o)
 
-        o = lax.fori_loop(0, jnp.where(own > 0, r // 8, 0), expand, o)
+        o = lax.cond(own > 0, expand, lambda: o)
     if adapter is not None:  # an adapter that does not exist is no number
         o = o * jnp.where((adapter >= 0) & (adapter < num_adapters), 1.0, jnp.nan)
     o = o * jnp.where(parts > 0, 1.0 / jnp.where(parts > 0, sums, 1.0), 0.0)
@@ -122,7 +150,7 @@ def merge(
     o, *lse = plgpu.kernel(
         body,
         out_type=out,
-        scratch_types=[plgpu.SMEM((LANES,), jnp.float32)] if r else [],
+        scratch_types=[plgpu.SMEM((LANES,), jnp.float32), plgpu.Barrier()],
         grid=(K * G, M),
         grid_names=("n", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -21,6 +21,12 @@ def load(ref, layout, *, optimized: bool = True) -> jax.Array:
     return plgpu.load(ref, *INDEX, layout=layout, optimized=optimized)
 
 
+def pin(barrier) -> None:
+    """Keeps loads in front of it: the compiler moves them to where their values are used, but not past a barrier."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def product(a, b, acc=None, *, interpret: bool):
     """acc + a b on the matrix unit, in f32; b, and a if it is no array, in shared memory."""
     if interpret:  # wgmma on values in registers is not interpreted

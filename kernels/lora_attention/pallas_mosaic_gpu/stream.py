@@ -21,7 +21,7 @@ from jaxtyping import Array, Int32
 from lragent_jax.kernels.lora_attention.arguments import LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import attend, finish, hand_over, join
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import bring, drain
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import ask, bring, drain
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_Q, Shapes, scratch
 
 
@@ -29,7 +29,7 @@ class Readers(NamedTuple):
     """Whose low-rank pages an item reads, each once, and which of them a query row belongs to."""
 
     count: Int32[Array, " I"]
-    rows: Int32[Array, "I n"]  # the row whose table is followed
+    rows: Int32[Array, "I n"]  # the row whose table is followed; behind the last reader its own again
     limits: Int32[Array, "I n"]  # slots at positions < limit are written
     of_row: Int32[Array, "I 64"]  # −1: none
 
@@ -45,10 +45,13 @@ def readers_of(plan: DecodePlan, first_slots: Int32[Array, "I R"], G: int, most:
     first = first_slots == slots
     ordinals = before(first.astype(jnp.int32))
     of_slot = jnp.where(first_slots < 0, -1, jnp.take_along_axis(ordinals, jnp.maximum(first_slots, 0), axis=1))
-    own = of_slot[:, None] == jnp.arange(most, dtype=jnp.int32)[:, None]  # [I, n, R]
+    count = first.sum(axis=1, dtype=jnp.int32)
+    numbers = jnp.arange(most, dtype=jnp.int32)
+    own = of_slot[:, None] == numbers[:, None]  # [I, n, R]
+    followed = of_slot[:, None] == jnp.minimum(numbers, jnp.maximum(count - 1, 0)[:, None])[..., None]
     return Readers(
-        count=first.sum(axis=1, dtype=jnp.int32),
-        rows=jnp.max(jnp.where(own & first[:, None], plan.rows[:, None], 0), axis=-1),
+        count=count,
+        rows=jnp.max(jnp.where(followed & first[:, None], plan.rows[:, None], 0), axis=-1),
         limits=jnp.max(jnp.where(own, plan.limits[:, None], 0), axis=-1),
         of_row=pad_rows(of_slot, G, -1),
     )
@@ -66,26 +69,28 @@ def interpreter(interpret: bool) -> dict:
     return {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
 
 
-def items_of_lane(refs, lane, shapes: Shapes, run, end=lambda num_blocks: None) -> None:
-    """run(item, its columns, its blocks, the lane's blocks before it) for every item of the lane, then end(its blocks).
+def items_of_lane(refs, lane, shapes: Shapes, ask, run, end=lambda num_blocks: None) -> None:
+    """run(item, ask(item), its columns, its blocks, the lane's blocks before it) for its items, then end(its blocks).
 
     The kernel's buffers and barriers count the lane's blocks, not the item's: nothing starts anew where an item does.
     """
 
-    def one(item, before):
+    def span(item):
         first, end = refs.meta[item, 0], refs.meta[item, 1]
         per_block = jnp.int32(shapes.pages_per_block)
-        num_blocks = lax.div(end - first + per_block - 1, per_block) * shapes.blocks_per_page
-        run(item, (first, end), num_blocks, before)
+        return (first, end), lax.div(end - first + per_block - 1, per_block) * shapes.blocks_per_page
+
+    def one(item, before):
+        asked, (columns, num_blocks) = ask(item), span(item)
+        run(item, asked, columns, num_blocks, before)
         return before + num_blocks
 
     if not shapes.one_item:
         end(lax.fori_loop(refs.lanes[lane, 0], refs.lanes[lane, 1], one, jnp.int32(0)))
         return
 
-    @pl.when(refs.meta[lane, 0] < refs.meta[lane, 1])
-    def _():
-        one(lane, jnp.int32(0))
+    asked, (columns, num_blocks) = ask(lane), span(lane)
+    pl.when(columns[0] < columns[1])(lambda: run(lane, asked, columns, num_blocks, jnp.int32(0)))
 
 
 def stream_kernel(refs, shapes: Shapes):
@@ -97,28 +102,32 @@ def stream_kernel(refs, shapes: Shapes):
         if shapes.compute == 2:
             plgpu.set_max_registers(56, action="decrease")
         items_of_lane(
-            refs, lane, shapes, lambda *item: bring(refs, head, *item, shapes), lambda n: drain(refs, n, shapes)
-        )
+            refs, lane, shapes, lambda item: ask(refs, item, shapes), lambda *item: bring(refs, head, *item, shapes),
+            lambda num_blocks: drain(refs, num_blocks, shapes),
+        )  # fmt: skip
 
     @pl.when(warpgroup < shapes.compute)
     def _():
         if shapes.compute == 2:
             plgpu.set_max_registers(224, action="increase")
 
-        def compute(item, span, num_blocks, before):
+        def first_record(item):
+            return refs.rows[item, 0], refs.parts[item, 0]
+
+        def compute(item, record, span, num_blocks, before):
             state = attend(refs, item, span, num_blocks, before, warpgroup, shapes)
             if shapes.compute == 1:
-                finish(refs, item, head, state, shapes)
+                finish(refs, item, head, record, state, shapes)
             else:
                 pl.when(warpgroup == 1)(lambda: hand_over(refs, state, before, shapes))
-                pl.when(warpgroup == 0)(lambda: finish(refs, item, head, join(refs, state), shapes))
+                pl.when(warpgroup == 0)(lambda: finish(refs, item, head, record, join(refs, state), shapes))
 
         def end(num_blocks):
             if shapes.compute == 2 and not shapes.one_at_a_time:
                 pl.when((warpgroup == 1) & (num_blocks > 0))(lambda: plgpu.barrier_wait(refs.result_gone))
 
-        items_of_lane(refs, lane, shapes, compute, end)
-        plgpu.wait_smem_to_gmem(0)
+        items_of_lane(refs, lane, shapes, first_record, compute, end)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def stream(

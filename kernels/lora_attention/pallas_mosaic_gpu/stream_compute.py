@@ -43,6 +43,8 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
     if r:
         reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False)
         product_of_row = reader_of_row >> int(math.log2(shapes.joined))  # -1, no reader, stays -1
+        num_readers = refs.readers.count[item]
+        only_limit = refs.readers.limits[item, 0] if shapes.readers == 1 else None
     if shapes.r_k:  # the queries stay in shared memory: rebuilding keys takes the registers
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
         plgpu.barrier_wait(refs.q_tiled_ready)
@@ -93,7 +95,8 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
             with_barrier(refs.v_ready, j, n, shapes.products, shapes, plgpu.barrier_wait)
             if masked:
                 readers = [jnp.minimum(n * shapes.joined + u, shapes.readers - 1) for u in range(shapes.joined)]
-                zero_low_rank(refs, at, [refs.readers.limits[item, u] - position for u in readers], shapes)
+                ends = [refs.readers.limits[item, u] for u in readers] if only_limit is None else [only_limit]
+                zero_low_rank(refs, at, [end - position for end in ends], shapes)
             own = jnp.where(over_lanes(product_of_row, BLOCK_KV) == n, probs, jnp.zeros((), probs.dtype))
             for i in range(shapes.pages_per_block):
                 part = own if slots == BLOCK_KV else own[:, i * slots : (i + 1) * slots]
@@ -101,7 +104,7 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
                 o_lr = product(part, page, o_lr, interpret=shapes.interpret)
             return o_lr
 
-        num_products = lax.div(refs.readers.count[item] + shapes.joined - 1, jnp.int32(shapes.joined))
+        num_products = lax.div(num_readers + shapes.joined - 1, jnp.int32(shapes.joined))
         return lax.fori_loop(0, num_products, one, o_lr)
 
     o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
@@ -152,8 +155,8 @@ def join(refs, state: State) -> State:
     return State(both(state.o, refs.o_smem), o_lr, m, state.l * own + other_l * other)
 
 
-def finish(refs, item, head, state: State, shapes: Shapes):
-    """Writes every row's record."""
+def finish(refs, item, head, first_record, state: State, shapes: Shapes):
+    """Writes every row's record; `first_record` are the first one's row and part, which have been looked up."""
     r = shapes.r_v
     if not shapes.tells_of_results:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result of the item before, if there is one
@@ -164,11 +167,11 @@ def finish(refs, item, head, state: State, shapes: Shapes):
     refs.aux_smem[:, pl.ds(r, 8)] = jnp.where(lane == 0, over_lanes(state.m, 8), over_lanes(state.l, 8))
     plgpu.commit_smem()
     for slot in range(shapes.R):
-        row = refs.rows[item, slot]
+        row, part = first_record if slot == 0 else (refs.rows[item, slot], refs.parts[item, slot])
 
         @pl.when(row >= 0)
-        def _(slot=slot, row=row):
-            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[row, refs.parts[item, slot], head]
+        def _(slot=slot, row=row, part=part):
+            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[row, part, head]
             aux = record.at[:, pl.ds(shapes.aux_lane, shapes.aux_width)]
             plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, shapes.H)])
             plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], aux)

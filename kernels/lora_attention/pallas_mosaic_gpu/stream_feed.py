@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import WGMMA, load
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import WGMMA, load, pin
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, Shapes
 
 MAX_AHEAD = 16  # page ids of low-rank pages that registers hold a block ahead
@@ -45,30 +45,54 @@ def with_barrier(ready, j, product, products: int, shapes: Shapes, use) -> None:
         pl.when(own == warpgroup)(lambda barriers=barriers: use(barriers.at[index]))
 
 
-def bring(refs, head, item, span, num_blocks, before, shapes: Shapes):
+class Asked(NamedTuple):
+    """What an item's first bytes depend on. It is asked for at once: every lookup that waits for another takes as long
+    as the copy itself, and the compiler moves none past a copy or a branch."""
+
+    leader: Any  # the row whose table is followed
+    queries: list  # rows
+    low_rank: list["LowRankFeed"]
+    followed: list[list]  # per feed, rows
+
+
+def ask(refs, item, shapes: Shapes) -> Asked:
+    low_rank = []
+    if shapes.r_v:
+        count, joined = refs.readers.count[item], shapes.joined
+        low_rank.append(LowRankFeed(refs, refs.readers, count, refs.low_rank_v, refs.v_smem, refs.v_ready, joined))
+    if shapes.r_k:
+        count = refs.expanders.count[item]
+        low_rank.append(LowRankFeed(refs, refs.expanders, count, refs.low_rank_k, refs.k_smem, refs.k_ready, 1))
+    asked = Asked(
+        leader=refs.meta[item, 2],
+        queries=[jnp.maximum(refs.rows[item, slot], 0) for slot in range(shapes.R)],
+        low_rank=low_rank,
+        followed=[feed.first_rows(item, shapes) for feed in low_rank],
+    )
+    if shapes.one_item:
+        pin(refs.asked_for)  # or it would all be behind the branch that an item without blocks takes
+    return asked
+
+
+def bring(refs, head, item, asked: Asked, span, num_blocks, before, shapes: Shapes):
     """The memory warpgroup: the item's queries, then block after block into the stage that was read longest ago.
 
     `before` blocks of the lane have gone through the stages already; block j of the item is the lane's (before + j)-th.
     Page ids are looked up a block ahead, so that what a lookup takes is over when its turn comes.
     """
-    if not shapes.one_item:
-        pl.when(before > 0)(lambda: plgpu.barrier_wait(queries_read(refs, shapes)))
-    for slot in range(shapes.R):
-        row = jnp.maximum(refs.rows[item, slot], 0)
-        plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
-    leader = refs.meta[item, 2]
-    if shapes.r_k:
-        bring_expansion(refs, item, head)
-    low_rank = []
-    if shapes.r_v:
-        low_rank.append(LowRankFeed(refs, refs.readers, refs.low_rank_v, refs.v_smem, refs.v_ready, shapes.joined))
-    if shapes.r_k:
-        low_rank.append(LowRankFeed(refs, refs.expanders, refs.low_rank_k, refs.k_smem, refs.k_ready, 1))
-    rows = [feed.first_rows(item, shapes) for feed in low_rank]
+    leader, queries, low_rank, rows = asked
 
     def look_up(j):
         base = [page_of_block(j, span, refs.table.at[leader], shapes, i) for i in range(shapes.pages_per_block)]
         return base, [feed.look_up(own, j, span, shapes) for feed, own in zip(low_rank, rows, strict=True)]
+
+    first_pages = look_up(jnp.int32(0))
+    if not shapes.one_item:
+        pl.when(before > 0)(lambda: plgpu.barrier_wait(queries_read(refs, shapes)))
+    for slot, row in enumerate(queries):
+        plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
+    if shapes.r_k:
+        bring_expansion(refs, item, head)
 
     def step(j, pages):
         base, low_rank_pages = pages
@@ -87,7 +111,7 @@ def bring(refs, head, item, span, num_blocks, before, shapes: Shapes):
             feed.bring(item, j, turn, span, own, shapes)
         return look_up(j + 1)
 
-    lax.fori_loop(0, num_blocks, step, look_up(jnp.int32(0)))
+    lax.fori_loop(0, num_blocks, step, first_pages)
 
 
 def queries_read(refs, shapes: Shapes):
@@ -131,6 +155,7 @@ class LowRankFeed:
 
     refs: Any
     readers: Any
+    count: Any  # of the item's
     pool: Any
     smem: Any
     ready: Any
@@ -145,8 +170,8 @@ class LowRankFeed:
 
     def rows_of(self, item, first, number: int, shapes: Shapes) -> list:
         """The rows whose tables readers [first, first + number) follow; behind the last reader its own again."""
-        last = self.readers.count[item] - 1
-        rows = [self.readers.rows[item, jnp.clip(first + n, 0, jnp.maximum(last, 0))] for n in range(number)]
+        most = self.readers.rows.shape[1]
+        rows = [self.readers.rows[item, jnp.minimum(first + n, most - 1)] for n in range(number)]
         return [lax.div(row, jnp.int32(shapes.T)) for row in rows]
 
     def first_rows(self, item, shapes: Shapes) -> list:
@@ -159,7 +184,7 @@ class LowRankFeed:
 
     def bring(self, item, j, turn, span, pages: list[list], shapes: Shapes) -> None:
         """Block j of all readers, the lane's block number `turn`; `pages` are those of the first of them."""
-        count, ahead = self.readers.count[item], len(pages)
+        count, ahead = self.count, len(pages)
         for first in range(0, ahead, self.joined):
             self._copy(jnp.int32(first), count, j, turn, pages[first : first + self.joined], shapes)
         if shapes.readers <= ahead:

@@ -143,6 +143,7 @@ def scratch(s: Shapes, dtype) -> dict:
         "result_gone": plgpu.Barrier(),
         "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block + bool(s.r_k), num_barriers=s.ready),
         "read": plgpu.Barrier(num_barriers=s.stages),
+        "asked_for": plgpu.Barrier(),
     }
     if s.one_item or s.one_at_a_time:  # the queries are done with when the result is there
         buffers["queries_or_result"] = plgpu.RefUnion(q_smem, o_smem)

@@ -139,7 +139,7 @@ def reciprocal_rms(refs, s: Shapes):
 
 def write_normed(refs, turn, x, s: Shapes) -> None:
     """This turn's part of the normalised rows: one block's task, another turn's another's."""
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     refs.normed_smem[...] = x
     plgpu.commit_smem()
     part = refs.outs[-1].at[:, pl.ds(turn * s.block_k, s.block_k)]
@@ -175,7 +175,7 @@ def compute(refs, block, s: Shapes, *accumulators) -> None:
     lax.fori_loop(0, s.turns, step, None)
     plgpu.wgmma_wait(0)
     if s.keep_normed:
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def column(values, row, s: Shapes):

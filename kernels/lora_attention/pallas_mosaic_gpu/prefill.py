@@ -123,7 +123,7 @@ def compute(
     plgpu.copy_smem_to_gmem(q, outputs.o.at[tile.b, queries, lanes])
     if outputs.lse is not None:
         plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], outputs.lse.at[tile.b, tile.head, queries])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def take_turn(barriers: Barriers) -> None:

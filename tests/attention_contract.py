@@ -56,6 +56,7 @@ CASES = (
     Case("prefill over a page border", rows=((60, 69, 1), (64, 65, 2)), T=9, G=7, H=64, p=64),
     Case("queries in the middle, rank 1, own sm_scale", rows=((3, 30, 1), (8, 20, 2)), T=4, G=3, r_v=1, sm_scale=0.4),
     Case("queries before the start", rows=((-2, 3, 1), (-9, 4, 2)), T=5),
+    Case("more queries than a tile, and not in eights", rows=((60, 135, 1), (-3, 70, 2)), T=75, p=16),
     Case("nothing to read", rows=((0, 0, 1), (0, 0, 2)), T=5),
     Case("rank 64, head dim 128", rows=((70, 72, 1), (20, 22, 2)), T=2, G=4, H=128, p=64, r_v=64),
     Case("low-rank keys", rows=((20, 25, 1), (33, 38, 2), (9, 12, 0)), T=5, K=3, G=3, H=64, p=16, r_k=16),

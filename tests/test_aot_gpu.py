@@ -94,6 +94,12 @@ def test_compiles_at_other_ranks_and_group_sizes(implementation, path, r_v, G, K
     check(compile_attention(implementation, shapes), shapes, implementation)
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_compiles_for_any_number_of_queries(implementation):
+    shapes = attention_shapes(2, 301, 16, 0, 64, 128)
+    check(compile_attention(implementation, shapes), shapes, implementation)
+
+
 def tuned_entries() -> list[tuned.Entry]:
     return list(itertools.chain(*(tuned.read(file) for file in sorted(tuned.FOLDER.glob("*h100*.json")))))
 

@@ -9,8 +9,11 @@ from jax import lax
 
 BLOCK_Q = 64  # queries of a warpgroup: rows of one wgmma
 COMPUTE_WARPGROUPS = 2
+EXPANDING_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 SHARED_MEMORY = 227 * 1024
+EXPANDED_KEYS = 64  # to which low-rank keys are added at a time: rows of one wgmma
+ROPE_SLOTS = 2  # of cosines and sines of so many keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,9 @@ def heuristic(head_dim: int, rank_v: int, rank_k: int) -> BlockSizes:
 def shared_memory(head_dim: int, rank_v: int, rank_k: int, blocks: BlockSizes) -> int:
     """Bytes that a program takes: queries, what `Memory` holds of keys and values, and a little for barriers."""
     ranks = padded_rank(rank_v) + padded_rank(rank_k)
-    per_key = blocks.num_stages * (2 * head_dim + ranks) + (head_dim if rank_k else 0)
-    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim) + 4 * 1024
+    per_key = blocks.num_stages * (2 * head_dim + ranks)
+    rope = ROPE_SLOTS * EXPANDED_KEYS * head_dim if rank_k else 0
+    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim + rope) + 4 * 1024
 
 
 def padded_rank(rank: int) -> int:
@@ -82,7 +86,7 @@ class Memory(NamedTuple):
     b_v: Any = None  # [R_v, H]
     low_rank_k: Any = None  # [num_stages, R_k, block_kv]
     b_k: Any = None  # [R_k, H]
-    rope: Any = None  # [block_kv, H]
+    rope: Any = None  # [ROPE_SLOTS, EXPANDED_KEYS, H]
     lse: Any = None  # [2, 64]
 
 
@@ -95,8 +99,8 @@ class Barriers(NamedTuple):
     turn: Any  # whose turn at the tensor cores it is
     b_ready: Any = None
     k_landed: Any = None  # [num_stages]; K, still without its low-rank part
-    rope_landed: Any = None
-    rope_free: Any = None
+    rope_landed: Any = None  # [ROPE_SLOTS]
+    rope_free: Any = None  # [ROPE_SLOTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +151,31 @@ class Config:
         """Width of the tiles of Q and K: the narrower, the fewer registers the rebuilding of K takes at a time."""
         return 32 if self.r_k else 64
 
+    def expanded_pieces(self, expander: int) -> list[tuple[int, int]]:
+        """What an expanding warpgroup adds to, in turn: part of a block's keys, first lane of both halves of the head."""
+        lanes = range(0, self.H // 2, self.k_lanes)
+        pieces = [(part, lane) for part in range(self.rope_parts) for lane in lanes]
+        share = -(-len(pieces) // EXPANDING_WARPGROUPS)
+        return pieces[expander * share : (expander + 1) * share]
+
+    def expanders(self, part: int) -> list[int]:
+        """The warpgroups that expand keys of a part of a block."""
+        return [i for i in range(EXPANDING_WARPGROUPS) if any(part == of for of, _ in self.expanded_pieces(i))]
+
+    @property
+    def rope_parts(self) -> int:
+        """Parts in which the cosines and sines of a block's keys come and go."""
+        return self.blocks.block_kv // EXPANDED_KEYS
+
+    @property
+    def rope_ahead(self) -> int:
+        """Blocks whose cosines and sines the slots hold."""
+        return ROPE_SLOTS // self.rope_parts
+
+    def rope_slot(self, step, part: int):
+        """Where those of a part of a block lie."""
+        return part if self.rope_parts == ROPE_SLOTS else lax.rem(step, jnp.int32(ROPE_SLOTS))
+
     @property
     def low_rank_v_lanes(self) -> int:
         return min(self.blocks.block_kv // 2, self.p)
@@ -171,7 +200,7 @@ class Config:
             memory = memory._replace(low_rank_v=low_rank, b_v=tiled(R_v, self.H, lanes=16))
         if self.r_k:
             low_rank = tiled(stages, R_k, block_kv, lanes=16)
-            rope = tiled(block_kv, self.H, lanes=self.k_lanes, dtype=jnp.float16)
+            rope = tiled(ROPE_SLOTS, EXPANDED_KEYS, self.H, lanes=self.k_lanes, dtype=jnp.float16)
             memory = memory._replace(low_rank_k=low_rank, b_k=tiled(R_k, self.H, lanes=16), rope=rope)
         return memory
 
@@ -181,7 +210,7 @@ class Config:
         b_copies = (padded_rank(self.r_v) + padded_rank(self.r_k)) // 8
         barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-            k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),
+            k_ready=plgpu.Barrier(num_arrivals=EXPANDING_WARPGROUPS if self.r_k else k_copies, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
@@ -191,7 +220,10 @@ class Config:
         if not self.r_k:
             return barriers
         landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
-        return barriers._replace(k_landed=landed, rope_landed=plgpu.Barrier(), rope_free=plgpu.Barrier())
+        rope_landed = plgpu.Barrier(num_barriers=ROPE_SLOTS)
+        readers = max(len(self.expanders(part)) for part in range(self.rope_parts))
+        rope_free = plgpu.Barrier(num_arrivals=readers, num_barriers=ROPE_SLOTS)
+        return barriers._replace(k_landed=landed, rope_landed=rope_landed, rope_free=rope_free)
 
 
 class Tile(NamedTuple):

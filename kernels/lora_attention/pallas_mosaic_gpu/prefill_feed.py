@@ -1,11 +1,14 @@
 """The warpgroups of a prefill program that supply keys and values: one copies, one expands low-rank keys."""
 
+import itertools
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
+    EXPANDED_KEYS,
     Barriers,
     Config,
     Inputs,
@@ -18,14 +21,16 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
 def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
     """Fills slot after slot with keys and values, as the other warpgroups get done with them."""
     block_kv, stages = cfg.blocks.block_kv, cfg.blocks.num_stages
+
+    def locate_block(step):
+        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
+
+    first_pieces = locate_block(jnp.int32(0))  # in front of the first copy: the compiler moves no load past one
     for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
         if rank:
             adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
             lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
             copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
-
-    def locate_block(step):
-        return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
 
     def copy_block(step, pieces):
         slot = lax.rem(step, jnp.int32(stages))
@@ -38,8 +43,8 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         copy_base(cfg, inputs, pieces, 0, smem.k.at[slot], k_landed)
         if cfg.r_k:
             copy_low_rank(cfg, inputs.low_rank_k, pieces, cfg.r_k, smem.low_rank_k.at[slot], k_landed)
-            pl.when(step > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
-            plgpu.copy_gmem_to_smem(inputs.rope.at[pl.ds(step * block_kv, block_kv)], smem.rope, barriers.rope_landed)
+            for part in range(cfg.rope_parts):
+                copy_rope(cfg, inputs, step, part, smem, barriers)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.v_free.at[slot]))
         copy_base(cfg, inputs, pieces, cfg.H, smem.v.at[slot], v_landed)
         if cfg.r_v:
@@ -55,7 +60,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
 
         return next_pieces
 
-    lax.fori_loop(0, steps, copy_block, locate_block(jnp.int32(0)))
+    lax.fori_loop(0, steps, copy_block, first_pieces)
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _drain(step):
@@ -64,7 +69,11 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         plgpu.barrier_wait(barriers.v_free.at[slot])
 
     if cfg.r_k:
-        pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.rope_free))
+
+        @pl.loop(jnp.maximum(steps - cfg.rope_ahead, 0), steps)
+        def _drain_rope(step):
+            for part in range(cfg.rope_parts):
+                plgpu.barrier_wait(barriers.rope_free.at[cfg.rope_slot(step, part)])
 
 
 def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
@@ -94,6 +103,14 @@ def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None
         lanes = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
         part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
         copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
+
+
+def copy_rope(cfg: Config, inputs: Inputs, step, part: int, smem: Memory, barriers: Barriers) -> None:
+    """Copies cosines and sines of some keys of a block to where those before them are done with."""
+    slot = cfg.rope_slot(step, part)
+    positions = pl.ds(step * cfg.blocks.block_kv + part * EXPANDED_KEYS, EXPANDED_KEYS)
+    pl.when(step >= cfg.rope_ahead)(lambda: plgpu.barrier_wait(barriers.rope_free.at[slot]))
+    plgpu.copy_gmem_to_smem(inputs.rope.at[positions], smem.rope.at[slot], barriers.rope_landed.at[slot])
 
 
 def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
@@ -127,41 +144,42 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
             keep(smem.low_rank_v.at[slot, rows], 1, limit, lanes=cfg.low_rank_v_lanes)
 
 
-# The warpgroup that adds low-rank keys.
+# The warpgroups that add low-rank keys.
 
 
-def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
-    """K += RoPE(L B) for slot after slot, 64 keys and some lanes of both halves of the head at a time."""
-    half, width = cfg.H // 2, cfg.k_lanes
+def expand_keys(cfg: Config, expander: int, steps, smem: Memory, barriers: Barriers) -> None:
+    """K += RoPE(L B) for this warpgroup's pieces of slot after slot: 64 keys, some lanes of both halves of the head."""
+    half, width, pieces = cfg.H // 2, cfg.k_lanes, cfg.expanded_pieces(expander)
     plgpu.barrier_wait(barriers.b_ready)
 
     @pl.loop(0, steps)
     def _block(step):
         slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
         plgpu.barrier_wait(barriers.k_landed.at[slot])
-        plgpu.barrier_wait(barriers.rope_landed)
-        for row in range(0, cfg.blocks.block_kv, 64):
-            keys = pl.ds(row, 64)
+        for part, of_part in itertools.groupby(pieces, key=lambda piece: piece[0]):
+            rope_slot, keys = cfg.rope_slot(step, part), pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS)
             low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
-            for lane in range(0, half, width):
+            plgpu.barrier_wait(barriers.rope_landed.at[rope_slot])
+            for _, lane in of_part:
                 first, second = pl.ds(lane, width), pl.ds(half + lane, width)
-                x, y = (shared_product(cfg, low_rank, smem.b_k.at[:, lanes]) for lanes in (first, second))
-                cos, sin = (read(smem.rope.at[keys, lanes]) for lanes in (first, second))
+                x, y = shared_products(low_rank, [smem.b_k.at[:, lanes] for lanes in (first, second)])
+                cos, sin = (read(smem.rope.at[rope_slot, :, lanes]) for lanes in (first, second))
                 add(smem.k.at[slot, keys, first], x * cos - y * sin)
                 add(smem.k.at[slot, keys, second], y * cos + x * sin)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers.rope_free)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers.rope_free.at[rope_slot])
         plgpu.barrier_arrive(barriers.k_ready.at[slot])
 
 
-def shared_product(cfg: Config, a, b):
-    """a b of two refs in shared memory."""
+def shared_products(a, others):
+    """a b for every b, refs in shared memory."""
 
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+    def multiply(*accumulators):
+        for acc, b in zip(accumulators, others, strict=True):
+            plgpu.wgmma(acc, a, b)
+        return [acc[...] for acc in accumulators]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for b in others))
 
 
 def read(ref):

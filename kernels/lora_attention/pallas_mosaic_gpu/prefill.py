@@ -4,7 +4,7 @@ Two warpgroups compute, 64 queries each, and a third one feeds them: it follows 
 memory accelerator bring K, V and low-rank pages into a ring of shared-memory slots. The two take turns at the tensor
 cores, one multiplying while the other does its softmax (Flash Attention 3, arXiv 2407.08608; the schedule is that of
 JAX's own Mosaic kernel). Beside o = P V a second accumulator o_lr = P L is kept, and B is applied to it once, at the
-end: P (V + L B) = P V + (P L) B. Where keys have a low-rank part, too, two more warpgroups add it to K where it lies.
+end: P (V + L B) = P V + (P L) B. Where keys have a low-rank part, too, a fourth warpgroup adds it to K where it lies.
 
 Whatever must not be read is asked for at a page that lies outside of its pool: the copy engine then writes zeros, so
 rows without an adapter and pages behind a row's keys take no branch of their own. Only the last page that a row holds
@@ -27,7 +27,6 @@ from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTab
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
     COMPUTE_WARPGROUPS,
-    EXPANDING_WARPGROUPS,
     SHARED_MEMORY,
     TILE_Q,
     Barriers,
@@ -47,9 +46,9 @@ from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
 
-# Registers per thread of the warpgroups that compute, copy, and expand keys: 504 for three of them, 480 for five.
+# Registers per thread of the warpgroups that compute, copy, and expand keys: 504 for three of them, 512 for four.
 REGISTERS = (232, 40, 0)
-REGISTERS_WITH_KEYS = (168, 32, 56)
+REGISTERS_WITH_KEYS = (176, 40, 120)
 
 
 class Softmax(NamedTuple):
@@ -218,12 +217,11 @@ def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, bar
         feed(cfg, tile, all_steps, inputs, smem, barriers)
 
     if cfg.r_k:
-        for expander in range(EXPANDING_WARPGROUPS):
 
-            @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1 + expander)
-            def _expand_keys(expander=expander):
-                plgpu.set_max_registers(expanding, action="decrease")
-                expand_keys(cfg, expander, all_steps, smem, barriers)
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
+        def _expand_keys():
+            plgpu.set_max_registers(expanding, action="decrease")
+            expand_keys(cfg, all_steps, smem, barriers)
 
 
 def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, blocks: BlockSizes) -> None:
@@ -316,7 +314,7 @@ def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, i
         scratch_types=(cfg.memory(outputs.lse is not None), cfg.barriers()),
         grid=grid,
         grid_names=("head", "tile", "row"),
-        num_threads=COMPUTE_WARPGROUPS + 1 + (EXPANDING_WARPGROUPS if cfg.r_k else 0),
+        num_threads=COMPUTE_WARPGROUPS + (2 if cfg.r_k else 1),
         thread_name="warpgroup",
         # Its layouts are written down, as those of kernels/page_write are, and need no solver.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

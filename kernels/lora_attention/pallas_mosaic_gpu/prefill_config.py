@@ -9,7 +9,6 @@ from jax import lax
 
 BLOCK_Q = 64  # queries of a warpgroup: rows of one wgmma
 COMPUTE_WARPGROUPS = 2
-EXPANDING_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 SHARED_MEMORY = 227 * 1024
 EXPANDED_KEYS = 64  # to which low-rank keys are added at a time: rows of one wgmma
@@ -151,17 +150,6 @@ class Config:
         """Width of the tiles of Q and K: the narrower, the fewer registers the rebuilding of K takes at a time."""
         return 32 if self.r_k else 64
 
-    def expanded_pieces(self, expander: int) -> list[tuple[int, int]]:
-        """What an expanding warpgroup adds to, in turn: part of a block's keys, first lane of both halves of the head."""
-        lanes = range(0, self.H // 2, self.k_lanes)
-        pieces = [(part, lane) for part in range(self.rope_parts) for lane in lanes]
-        share = -(-len(pieces) // EXPANDING_WARPGROUPS)
-        return pieces[expander * share : (expander + 1) * share]
-
-    def expanders(self, part: int) -> list[int]:
-        """The warpgroups that expand keys of a part of a block."""
-        return [i for i in range(EXPANDING_WARPGROUPS) if any(part == of for of, _ in self.expanded_pieces(i))]
-
     @property
     def rope_parts(self) -> int:
         """Parts in which the cosines and sines of a block's keys come and go."""
@@ -210,7 +198,7 @@ class Config:
         b_copies = (padded_rank(self.r_v) + padded_rank(self.r_k)) // 8
         barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-            k_ready=plgpu.Barrier(num_arrivals=EXPANDING_WARPGROUPS if self.r_k else k_copies, num_barriers=stages),
+            k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
@@ -220,9 +208,7 @@ class Config:
         if not self.r_k:
             return barriers
         landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
-        rope_landed = plgpu.Barrier(num_barriers=ROPE_SLOTS)
-        readers = max(len(self.expanders(part)) for part in range(self.rope_parts))
-        rope_free = plgpu.Barrier(num_arrivals=readers, num_barriers=ROPE_SLOTS)
+        rope_landed, rope_free = (plgpu.Barrier(num_barriers=ROPE_SLOTS) for _ in range(2))
         return barriers._replace(k_landed=landed, rope_landed=rope_landed, rope_free=rope_free)
 
 

@@ -1,7 +1,5 @@
 """The warpgroups of a prefill program that supply keys and values: one copies, one expands low-rank keys."""
 
-import itertools
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -144,26 +142,31 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
             keep(smem.low_rank_v.at[slot, rows], 1, limit, lanes=cfg.low_rank_v_lanes)
 
 
-# The warpgroups that add low-rank keys.
+# The warpgroup that adds low-rank keys.
 
 
-def expand_keys(cfg: Config, expander: int, steps, smem: Memory, barriers: Barriers) -> None:
-    """K += RoPE(L B) for this warpgroup's pieces of slot after slot: 64 keys, some lanes of both halves of the head."""
-    half, width, pieces = cfg.H // 2, cfg.k_lanes, cfg.expanded_pieces(expander)
+def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
+    """K += RoPE(L B) for slot after slot, 64 keys at a time.
+
+    The tensor cores are busy with what the other warpgroups asked for, so that a product is waited for as long as 64
+    queries' scores take, however small it is: there is one for all lanes. What is made of it comes in narrow pieces,
+    which the registers hold.
+    """
+    half, width = cfg.H // 2, cfg.k_lanes
+    lanes = [(pl.ds(lane, width), pl.ds(half + lane, width)) for lane in range(0, half, width)]
     plgpu.barrier_wait(barriers.b_ready)
 
     @pl.loop(0, steps)
     def _block(step):
         slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
         plgpu.barrier_wait(barriers.k_landed.at[slot])
-        for part, of_part in itertools.groupby(pieces, key=lambda piece: piece[0]):
-            rope_slot, keys = cfg.rope_slot(step, part), pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS)
+        for part in range(cfg.rope_parts):
+            keys, rope_slot = pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS), cfg.rope_slot(step, part)
             low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
+            products = shared_products(low_rank, [smem.b_k.at[:, some] for pair in lanes for some in pair])
             plgpu.barrier_wait(barriers.rope_landed.at[rope_slot])
-            for _, lane in of_part:
-                first, second = pl.ds(lane, width), pl.ds(half + lane, width)
-                x, y = shared_products(low_rank, [smem.b_k.at[:, lanes] for lanes in (first, second)])
-                cos, sin = (read(smem.rope.at[rope_slot, :, lanes]) for lanes in (first, second))
+            for (first, second), x, y in zip(lanes, products[::2], products[1::2], strict=True):
+                cos, sin = (read(smem.rope.at[rope_slot, :, some]) for some in (first, second))
                 add(smem.k.at[slot, keys, first], x * cos - y * sin)
                 add(smem.k.at[slot, keys, second], y * cos + x * sin)
             plgpu.commit_smem()

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 
 # For how many rows models take another implementation than XLA's; 0: for none. Measured on an H100 at the shapes of
 # Llama-3.1-8B, a layer's four products of one row take 160.9 µs by the kernel and 171.5 µs by XLA; those of eight rows
-# 167.2 and 168.3, of sixteen 169.1 and 176.7. What a step of several rows gains, adapters and all, was not measured, and
+# 167.2 and 168.3, of sixteen 169.1 and 176.7. What a step of several rows gains, adapters and all, was not measured;
 # eight tokens' prefill gained nothing. `scripts/profile_step.py` times both: "products of a decode step".
 MOST_ROWS_BY_DEFAULT = 1
 # How many devices a model may be cut for. A block of the kernel makes 64 columns: those of an eighth of q, k and v fill

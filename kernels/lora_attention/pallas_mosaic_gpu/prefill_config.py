@@ -95,8 +95,7 @@ class Barriers(NamedTuple):
     v_ready: Any  # [num_stages + 1]; the last one: what has landed and must be cleaned before it is ready
     k_free: Any  # [num_stages]
     v_free: Any  # [num_stages]
-    turn: Any  # whose turn at the tensor cores it is: one for both warpgroups (prefill_turns), or one each
-    pinned: Any = None  # [2]; nobody else's: see prefill_ahead
+    turn: Any  # whose turn at the tensor cores it is
     b_ready: Any = None
     k_landed: Any = None  # [num_stages]; K, still without its low-rank part
     rope_landed: Any = None  # [ROPE_SLOTS]
@@ -203,11 +202,11 @@ class Config:
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            turn=plgpu.Barrier(num_arrivals=2) if self.r_k else plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
         if not self.r_k:
-            return barriers._replace(pinned=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
+            return barriers
         landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
         rope_landed, rope_free = (plgpu.Barrier(num_barriers=ROPE_SLOTS) for _ in range(2))
         return barriers._replace(k_landed=landed, rope_landed=rope_landed, rope_free=rope_free)

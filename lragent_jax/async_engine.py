@@ -1,6 +1,7 @@
 """The engine for servers: requests come and go on an event loop, a thread of its own drives them."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -22,13 +23,16 @@ _SECONDS_AFTER_ERROR = 0.01
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    """A call that a task waits for. `error`: what the thread met, or that the engine was closed, which ended it."""
+    """A call that a task waits for. `error`: what the thread met, or that the engine was closed, which ended it.
+
+    `gone`: done when the call was abandoned, if it is; whoever finds it waits for it, on whatever loop.
+    """
 
     call: Call
     loop: asyncio.AbstractEventLoop
     news: asyncio.Event
     error: BaseException | None = None
-    was_ended: bool = False
+    gone: concurrent.futures.Future[None] | None = None
 
     @property
     def request(self) -> Request:
@@ -40,7 +44,7 @@ class _Pending:
 
     def check(self) -> None:
         self.call.check()
-        if self.error is not None:
+        if self.error is not None and self.request.state != "finished":  # that of others is none of its business
             raise self.error
 
 
@@ -74,9 +78,9 @@ class AsyncEngine:
         What a reader of a stream was given stays in the trajectory, whether or not it ever comes back for more.
         """
         self._closing = True
-        while self._pending:
-            pending = self._pending.pop()
-            pending.was_ended = True
+        ended: set[_Pending] = set()
+        while left := self._pending - ended:
+            ended.add(pending := left.pop())
             if pending.request.state == "finished":
                 pending.call.end()
             else:
@@ -136,25 +140,29 @@ class AsyncEngine:
             raise
         finally:
             try:
-                if pending.was_ended:
-                    pass
-                elif pending.request.state == "finished" and not was_left:
+                if pending.gone is None and pending.request.state == "finished" and not was_left:
                     call.end()
-                else:
-                    await self._abandon(pending, keep_taken=was_left)
+                elif pending.gone is not None or not call.was_ended:
+                    await self._abandon(pending, keep_taken=was_left or self._closing)
             finally:
                 self._pending.discard(pending)
 
     async def _abandon(self, pending: _Pending, keep_taken: bool) -> None:
-        """Ends a call between two steps, and waits for that: the trajectory is its owner's again behind it."""
-        gone = asyncio.Event()
+        """Ends a call between two steps, once, and waits for that: the trajectory is its owner's again behind it."""
+        if pending.gone is None:
+            pending.gone = gone = concurrent.futures.Future()
+            gone.set_running_or_notify_cancel()  # a task that waits for it may be cancelled, it may not
 
-        def abandon() -> None:
-            pending.call.abandon(keep_taken)
-            _tell(pending.loop, gone)
+            def abandon() -> None:
+                try:
+                    pending.call.abandon(keep_taken)
+                finally:
+                    if not gone.done():  # what was interrupted is done again
+                        gone.set_result(None)
 
-        self._batcher.defer(abandon)
-        await gone.wait()
+            self._batcher.defer(abandon)
+        if not pending.gone.done():
+            await asyncio.wrap_future(pending.gone)
 
     def _serve(self) -> None:
         """The thread: takes its turns with whoever else drives."""

@@ -5,8 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import queue
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
@@ -16,6 +14,7 @@ from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.awaited_pages import pages_needed_next, pages_written
 from lragent_jax.device_work import DeviceWork, InFlight
 from lragent_jax.dispatcher import may_wait
+from lragent_jax.drivers import Drivers
 from lragent_jax.executor import Executor, Row
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.held_pages import add_pages, held_pages
@@ -77,9 +76,7 @@ class Batcher:
         self._stuck = False  # whether nobody can be admitted before something has changed
         # Lies around the cache's lock, whose holder waits for nobody: a finalizer may want that in any thread.
         self._section = FairLock()
-        # C-level objects only: a finalizer may run while a thread is in the middle of them.
-        self._turn = threading.RLock()
-        self._drivers: list[queue.SimpleQueue[None]] = []
+        self._drivers = Drivers(lambda: self.has_work, self._step_alone)
 
     # Whoever calls.
 
@@ -102,34 +99,20 @@ class Batcher:
 
     def drive(self, done: Callable[[], bool]) -> None:
         """Steps for everybody, in turns with other threads that do so, until `done`; asked after every step."""
-        asleep: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._drivers.append(asleep)
-        try:
-            while not done():
-                if not (self.has_work and self._take_turn()):
-                    asleep.get()
-        finally:
-            self._drivers.remove(asleep)
-            self.wake()
-
-    def _take_turn(self) -> bool:
-        """Steps once, unless another thread is at it."""
-        try:  # before the lock is taken: Ctrl-C may come right behind that
-            if not self._turn.acquire(blocking=False):
-                return False
-            with self.exclusive():
-                self._step_or_restart()
-            return True
-        finally:
-            if self._turn._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
-                self._turn.release()
-                self.wake()
+        self._drivers.drive(done)
 
     def wake(self) -> None:
         """Lets every driver look again."""
-        for asleep in list(self._drivers):
-            if asleep.empty():  # a driver asks whether it is done after taking what is there
-                asleep.put(None)
+        self._drivers.wake()
+
+    def _step_alone(self) -> None:
+        # Not `exclusive`: its end is written in Python, and Ctrl-C at the beginning of that would leave its locks taken
+        # for as long as somebody keeps the exception.
+        with self._section:
+            self._work.dispatcher.wait()
+            with self._cache.lock, self._scope():
+                self._clean_up()
+                self._step_or_restart()
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -180,8 +163,10 @@ class Batcher:
             for trajectory in self._trajectories:
                 trajectory.pages_lost()
         if self._cache.num_losses != self._num_losses:
+            failure = self._work.failure()  # of which `_restart` forgets
             self._num_losses = self._cache.num_losses
             self._restart()
+            self._tell(failure)
 
     def snapshot(self) -> EngineMetrics:
         """Called inside `exclusive`."""
@@ -194,6 +179,9 @@ class Batcher:
         """Ends a request, whatever its state: its first `num_kept` tokens join, and its pages beyond them go."""
         request.generated.interrupt(num_kept)
         self._leave(request, ends=True)
+        # Whether the request was done, or preempted and begun again, nobody could know: what it has run of its last
+        # token, and of those that go, is not on record.
+        request.trajectory.unwrite(request.start_length + request.generated.num_run)
         if not request.done:
             self.metrics.num_cancelled += 1
             request.state = "cancelled"
@@ -274,18 +262,22 @@ class Batcher:
 
     def _step_or_restart(self) -> None:
         if (failure := self._work.failure()) is not None:
-            error, block = failure
             self._begin_anew()
-            # One of those whom it hit is told, the first; the others try again, and if it happens again one less does.
-            told = next((request for request, _, _ in block.rows if not request.done), None)
-            if told is not None:
-                self._fail(told, error)
+            self._tell(failure)
             return
         try:
             self._step()
         except BaseException:  # Ctrl-C included: whoever drove has the error, the others their requests
             self._begin_anew()
             raise
+
+    def _tell(self, failure: tuple[BaseException, InFlight] | None) -> None:
+        """One of those whom it hit is told, the first; the others try again, and if it happens again one less does."""
+        if failure is not None:
+            error, block = failure
+            told = next((request for request, _, _ in block.rows if not request.done), None)
+            if told is not None:
+                self._fail(told, error)
 
     def _begin_anew(self) -> None:
         """After an error: arrays are looked at in the next section, which does this again if it is interrupted."""
@@ -495,6 +487,6 @@ class Batcher:
             else:
                 self._leave(request, ends=True)
                 self.metrics.num_finished += 1
+                request.state = "finished"  # before the last piece: whoever has taken that has the trajectory
                 request.take_pieces(ends=True)
-                request.state = "finished"
             request.notify()

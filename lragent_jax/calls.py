@@ -23,13 +23,14 @@ LOOK_STEPS = 4
 enough to look alive, and few beyond a stop, at which the device goes on for as many."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Call:
     """Requests that were made together and end together."""
 
     batcher: Batcher
     requests: list[Request]
     held: contextlib.ExitStack
+    was_ended: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -52,15 +53,18 @@ class Call:
 
     def end(self) -> None:
         """Lets the trajectories go: all requests are done."""
+        self.was_ended = True
         self.held.close()
 
     def abandon(self, keep_taken: bool = False) -> None:
         """Ends what is not done. Of a stream that was left, what its reader took stays; otherwise no token joins.
 
-        Called inside `Batcher.exclusive`.
+        Called inside `Batcher.exclusive`, again if that was interrupted; of a call that has ended it changes nothing.
         """
-        for request in self.requests:
-            self.batcher.cancel(request, request.num_given if keep_taken else 0)
+        if not self.was_ended:
+            for request in self.requests:
+                self.batcher.cancel(request, request.num_given if keep_taken else 0)
+            self.was_ended = True  # from here on the trajectories are their owners'
         self.held.close()
 
 

@@ -98,6 +98,7 @@ class Engine:
         )
         self._trajectories = LiveTrajectories()
         self._cache.holders = self._trajectories
+        self._cache.release_abandoned = self._trajectories.release_abandoned
         limits = Limits(
             batch_size=self.options.max_batch_size,
             token_budget=self.options.prefill_tokens,
@@ -318,13 +319,14 @@ class Engine:
 
     def _stream(self, prompt: Prompt, agent: str | None, params: SamplingParams) -> Iterator[StreamPiece]:
         with self._call([prompt], [agent], [params], streams=True) as call:
-            pieces = call.requests[0].pieces
+            request = call.requests[0]
+            pieces = request.pieces
             assert pieces is not None
             piece = StreamPiece("", [])
             while piece.output is None:
                 if piece.text or piece.token_ids:
                     yield piece
-                self.batcher.drive(lambda: bool(pieces) or call.is_over)
+                self.batcher.drive(lambda: bool(pieces) or request.error is not None)
                 call.check()
                 piece = pieces.popleft()
         yield piece  # the tokens have joined: whoever reads the last piece may go on with the trajectory
@@ -374,8 +376,9 @@ class Engine:
         return self.options.num_low_rank_pages or self.options.num_pages * len(owners)
 
     def _num_recomputed_pages(self) -> int:
-        """As the options say, or one for every base page and adapter that there is room for."""
-        owners = max(len(self._registry.keys), self.options.max_adapters, 1)
+        """As the options say, or one for every base page and whoever reads it: adapters, as many as there is room for,
+        and the model without one. What several have written may have to be rebuilt under all of them at once."""
+        owners = max(len(self._registry.keys), self.options.max_adapters) + 1
         return self.options.num_recomputed_pages or self.options.num_pages * owners
 
     def _keys_in_use(self) -> set[PageKey]:
@@ -404,8 +407,9 @@ class Engine:
         call = self.caller.open(prompts, agents, params, streams=streams)
         try:
             yield call
-        except BaseException as error:  # a stream that is left included
-            self.batcher.finish(functools.partial(call.abandon, keep_taken=isinstance(error, GeneratorExit)))
+        except BaseException as error:  # a stream that is left included, be it by Ctrl-C
+            was_left = streams and isinstance(error, GeneratorExit | KeyboardInterrupt)
+            self.batcher.finish(functools.partial(call.abandon, keep_taken=was_left))
             raise
         call.end()
 

@@ -30,7 +30,7 @@ class EngineOptions:
         default the first third. `lragent_jax.sensitivity.critical_layers` measures a better choice.
       num_recomputed_pages: pages of the pool of those layers, which adapters share out among them as they do the base
         pages of `none`; by default `num_pages` for every adapter that is loaded, or that `max_adapters` makes room
-        for. Like the base pool it does not grow with adapters that are loaded later.
+        for, and for the model without one. Like the base pool it does not grow with adapters that are loaded later.
       max_adapters, max_rank: room to reserve in the adapter bank. Adapters that are loaded later into that room, for
         targets that some adapter has, compile nothing anew unless they bring an A-group.
       prefill_buckets: chunk lengths in tokens that programs are compiled for; contexts are cut into them.

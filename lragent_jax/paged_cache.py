@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class PagedCache:
     heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
 
     `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
+    `release_abandoned` returns the pages of those that were dropped, which nobody holds; False if there are none.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class PagedCache:
         }
         self.prefixes = PrefixTree(page_size)
         self.holders: Iterable[Holder] = ()
+        self.release_abandoned: Callable[[], bool] = lambda: False
         self.use = AdapterUse()
         self.num_losses = 0
         self.is_doubtful = False
@@ -195,7 +197,13 @@ class PagedCache:
         pages that `_evict` chooses, and read by `PrefixTree.reuse`, before anything is run again.
         """
         claims = [claim for claim in claims if claim.stop > claim.start]
-        self._evict(_writers(claims))
+        self.release_abandoned()
+        try:
+            self._evict(_writers(claims))
+        except OutOfPagesError:  # the collector may have dropped one meanwhile
+            if not self.release_abandoned():
+                raise
+            self._evict(_writers(claims))
         for name, pool in self.pools.items():
             self._copy(name, [copy for claim in claims if claim.run.pool is pool
                               for copy in claim.run.prepare(claim.start, claim.stop)])  # fmt: skip

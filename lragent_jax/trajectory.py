@@ -44,10 +44,13 @@ class LiveTrajectories:
         self._live.pop(key, None)
         self._abandoned.append(runs)
 
-    def release_abandoned(self) -> None:
+    def release_abandoned(self) -> bool:
+        """Returns the pages of whoever was dropped since the last time; whether there was anybody."""
+        found = bool(self._abandoned)
         while self._abandoned:
             for run in self._abandoned.popleft().values():
                 run.truncate(0)
+        return found
 
 
 class Trajectory:
@@ -140,9 +143,10 @@ class Trajectory:
             return
         with self.extending():
             self._closed = True
-            self._live.discard(self)
-            self._finalizer.detach()
-            self.drop(lambda key: False)
+            with self._cache.lock:  # not in the middle of a step, which could not have pages that nobody holds
+                self._live.discard(self)
+                self._finalizer.detach()
+                self.drop(lambda key: False)
 
     def __enter__(self) -> "Trajectory":
         return self
@@ -246,6 +250,10 @@ class Trajectory:
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens and releases every page that holds none of them."""
         del self._ids[length:]
+        self.unwrite(length)
+
+    def unwrite(self, length: int) -> None:
+        """Forgets who has written tokens from `length` on: whoever reads them next does."""
         del self._path[length // self._cache.page_size :]
         with self._cache.lock:
             for run in self._runs.values():

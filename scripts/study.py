@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         elif arguments.drop:
             outcome = _drop(arguments)
         elif arguments.report:
-            outcome = {"written": [str(path) for path in write_report(Results(arguments.out), arguments.docs)]}
+            outcome = {"written": [str(path) for path in write_report(Results.existing(arguments.out), arguments.docs)]}
         elif arguments.write_recorded:
             outcome = _write_recorded(arguments)
         else:
@@ -106,17 +106,15 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
-    for other in arguments.merge:
-        if not other.is_file():
-            raise InputError(f"there is no file {other} to merge")
+    others = [Results.existing(other) for other in arguments.merge]  # all of them, before one is merged
     results = Results(arguments.out, fresh=arguments.fresh)
-    for other in arguments.merge:
-        results.merge(Results(other))
+    for other in others:
+        results.merge(other)
     return {"cells": {part: len(cells) for part, cells in results.data["cells"].items()}}
 
 
 def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
-    results = Results(arguments.out)
+    results = Results.existing(arguments.out)
     results.drop(arguments.drop)
     return {"kinds": list(results.data["kinds"])}
 

@@ -354,6 +354,28 @@ def test_results_of_several_devices_become_one_study(tmp_path):
         script.main(["--out", str(tmp_path / "f.json"), "--merge", str(tmp_path / "missing.json")])
 
 
+def test_results_that_are_not_there_are_no_empty_study(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "accuracy.md").write_text("hours of work")
+    (tmp_path / "damaged.json").write_text("{")
+    whole = Results(tmp_path / "whole.json")
+    whole.add("episodes", {"none": {"right": "11"}})
+    missing = ["--out", str(tmp_path / "missing.json")]
+    script = load_script("study")
+    for arguments in (
+        [*missing, "--report", "--docs", str(tmp_path / "docs")],
+        [*missing, "--drop", "joint"],
+        [*missing, "--merge", str(whole.path), str(tmp_path / "misspelt.json")],
+    ):
+        with pytest.raises(SystemExit, match=r"there is no file .*(missing|misspelt)\.json"):
+            script.main(arguments)
+    with pytest.raises(SystemExit, match=r"damaged\.json cannot be read"):
+        script.main([*missing, "--merge", str(whole.path), str(tmp_path / "damaged.json")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.json", "docs", "whole.json"]
+    assert (tmp_path / "docs" / "accuracy.md").read_text() == "hours of work"
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["accuracy.md"]
+
+
 def test_no_engine_is_left_when_the_next_is_made(bench, tmp_path, monkeypatch, quick_measures):
     """Two would not fit the device; nor do a sensitivity's passes and an engine."""
     left: list[weakref.ref] = []

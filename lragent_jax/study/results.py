@@ -24,6 +24,13 @@ class Results:
         if not fresh and self.path.exists():
             self.data = _read(self.path)
 
+    @classmethod
+    def existing(cls, path: str | Path) -> "Results":
+        """Those of a file that is there: to whoever only reads it, a mistyped name is no empty study."""
+        if not Path(path).is_file():
+            raise InputError(f"there is no file {path} with results of a study; name one that was measured into")
+        return cls(path)
+
     def cells(self, part: str) -> dict[str, dict[str, Any]]:
         return self.data["cells"].get(part, {})
 

@@ -33,9 +33,37 @@ def per_row(value, count: int, what: str) -> list:
 
 
 def one_params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
-    if params is not None and sampling:
-        raise InputError(f"give either params or keywords, not both ({', '.join(sampling)})")
+    """Those of one prompt, given as they are or as keywords."""
+    if params is not None:
+        _refuse_both(sampling)
+        return _checked_params(params)
     unknown = set(sampling) - {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown:
         raise InputError(f"unknown sampling keywords: {', '.join(sorted(unknown))}")
-    return params or SamplingParams(**sampling)
+    return SamplingParams(**sampling)
+
+
+def params_per_row(
+    params: SamplingParams | Sequence[SamplingParams] | None, sampling: dict[str, Any], count: int
+) -> list[SamplingParams]:
+    """Those of `count` prompts: one for all, keywords for all, or a list of as many."""
+    if params is None or isinstance(params, SamplingParams):
+        return [one_params(params, sampling)] * count
+    _refuse_both(sampling)
+    return [_checked_params(row) for row in per_row(params, count, "params")]
+
+
+def _refuse_both(sampling: dict[str, Any]) -> None:
+    if sampling:
+        raise InputError(f"give either params or keywords, not both ({', '.join(sampling)})")
+
+
+def _checked_params(params: Any) -> SamplingParams:
+    if isinstance(params, SamplingParams):
+        return params
+    if isinstance(params, list | tuple):
+        raise InputError("a list of params goes with a list of prompts; for one prompt give one SamplingParams")
+    raise InputError(
+        f"params must be a SamplingParams, not {type(params).__name__}: give its fields by name, as in "
+        "max_new_tokens=64"
+    )

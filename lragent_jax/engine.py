@@ -14,7 +14,7 @@ import numpy as np
 from lragent_jax import scoring
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.batching import Batcher
-from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, per_row
+from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, params_per_row, per_row
 from lragent_jax.calls import LOOK_STEPS, Call, Caller
 from lragent_jax.devices import Devices
 from lragent_jax.executor import Executor
@@ -302,8 +302,8 @@ class Engine:
         if not is_batch(prompt):
             return self._generate([prompt], [agent], [one_params(params, sampling)], progress)[0]
         count = len(prompt)
-        rows = params if isinstance(params, list | tuple) else one_params(params, sampling)
-        return self._generate(list(prompt), per_row(agent, count, "agent"), per_row(rows, count, "params"), progress)
+        agents, rows = per_row(agent, count, "agent"), params_per_row(params, sampling, count)
+        return self._generate(list(prompt), agents, rows, progress)
 
     def stream(
         self, prompt: Prompt, agent: str | None = None, params: SamplingParams | None = None, **sampling: Any

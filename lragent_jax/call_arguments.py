@@ -1,11 +1,13 @@
-"""What callers may pass to the engine's calls: one prompt or several, parameters or keywords."""
+"""What callers may pass to the engine's calls: one prompt or several, parameters or keywords, and agents."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.errors import InputError
 from lragent_jax.sampling_params import SamplingParams
 from lragent_jax.trajectory import Trajectory
@@ -21,6 +23,13 @@ def is_batch(prompt) -> bool:
     if not isinstance(prompt, list | tuple):
         raise InputError(f"a prompt is a trajectory, text, token ids, or a list of them, not {type(prompt).__name__}")
     return not prompt or not all(isinstance(item, int | np.integer) for item in prompt)
+
+
+def is_empty(token_ids: Ids) -> bool:
+    try:
+        return len(token_ids) == 0
+    except TypeError:
+        raise InputError(f"token ids are a flat sequence of integers, not {type(token_ids).__name__}") from None
 
 
 def per_row(value, count: int, what: str) -> list:
@@ -67,3 +76,15 @@ def _checked_params(params: Any) -> SamplingParams:
         f"params must be a SamplingParams, not {type(params).__name__}: give its fields by name, as in "
         "max_new_tokens=64"
     )
+
+
+def check_sources(adapters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Where agents' adapters come from, before the first of them is read: paths or adapters by name."""
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping):
+        raise InputError(f"adapters are given by name, as in {{'plan': FOLDER}}, not as {type(adapters).__name__}")
+    for name, source in adapters.items():
+        if not isinstance(source, str | os.PathLike | Adapter):
+            raise InputError(f"the adapter of agent {name!r} is a folder or an Adapter, not {source!r}")
+    return adapters

@@ -124,6 +124,9 @@ class Caller:
         return call
 
     def check_own(self, trajectory: Trajectory) -> None:
+        if not isinstance(trajectory, Trajectory):
+            given = type(trajectory).__name__
+            raise InputError(f"this call takes a trajectory, not {given}: engine.trajectory().append(...) makes one")
         if not trajectory.is_in(self._executor.cache):
             raise InputError("this trajectory belongs to another engine; append its token_ids to one of this engine's")
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,16 @@ import numpy as np
 from lragent_jax import scoring
 from lragent_jax.adapter_registry import AdapterRegistry
 from lragent_jax.batching import Batcher
-from lragent_jax.call_arguments import Ids, Prompt, is_batch, one_params, params_per_row, per_row
+from lragent_jax.call_arguments import (
+    Ids,
+    Prompt,
+    check_sources,
+    is_batch,
+    is_empty,
+    one_params,
+    params_per_row,
+    per_row,
+)
 from lragent_jax.calls import LOOK_STEPS, Call, Caller
 from lragent_jax.devices import Devices
 from lragent_jax.executor import Executor
@@ -22,7 +32,7 @@ from lragent_jax.metrics import EngineMetrics
 from lragent_jax.models.adapter import Adapter, random_adapter
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.errors import InputError, OutOfPagesError
+from lragent_jax.models.errors import AdapterError, InputError, OutOfPagesError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.llama import random_params
 from lragent_jax.options import EngineOptions, engine_dtype
@@ -137,6 +147,9 @@ class Engine:
         elsewhere. `options` are the fields of `EngineOptions`. Raises `CheckpointError`, `ConfigError`, `AdapterError`
         or `InputError`; whatever can be wrong is looked at before the weights are read.
         """
+        if not isinstance(model, str | os.PathLike):
+            raise InputError(f"model is the path of a folder or file, not {model!r}")
+        sources = check_sources(adapters)
         checked = EngineOptions.from_keywords(options)
         wanted = engine_dtype(dtype)
         config, tokenizer = read_config(model), load_tokenizer(model)
@@ -144,7 +157,7 @@ class Engine:
         shardings = Devices.of(checked.tensor_parallel).weight_shardings(config, wanted)
         loaded = {
             name: source if isinstance(source, Adapter) else read_adapter(source, config)
-            for name, source in (adapters or {}).items()
+            for name, source in sources.items()
         }
         for adapter in loaded.values():
             adapter.check_fits(config)
@@ -168,6 +181,8 @@ class Engine:
 
         With `shared_a` the agents form one A-group. There is no tokenizer: such an engine serves token ids.
         """
+        if isinstance(agents, str) or len(set(agents)) != len(agents):
+            raise InputError(f"agents is a list of names, each once, not {agents!r}")
         checked = EngineOptions.from_keywords(options)
         wanted = engine_dtype(dtype)
         config = LlamaConfig.preset(preset)
@@ -232,6 +247,7 @@ class Engine:
 
     def load_adapter(self, name: str, source: str | Path | Adapter) -> None:
         """Adds an agent. Trajectories stay as they are; a new A-group makes the low-rank pool grow, and only that."""
+        check_sources({name: source})
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.config)
         with self.batcher.exclusive():
             before = copy.copy(self._registry)
@@ -249,6 +265,8 @@ class Engine:
         What it wrote for others stays in open trajectories (nobody could rebuild it). Raises `TrajectoryBusyError`, and
         changes nothing, while a request under that name is not done; the requests of others go on.
         """
+        if name is None:
+            raise AdapterError("None is the base model, which stays; name the agent to unload")
         with self.batcher.exclusive():
             content = self._registry.find(name).keys.content
             self.batcher.pause(without=name)  # rows of the bank are numbered anew
@@ -344,7 +362,8 @@ class Engine:
 
     def score_output(self, trajectory: Trajectory, token_ids: Ids, agent: str | None = None) -> ScoreOutput:
         """`score`, with the counts and the time to the first row of logits."""
-        if len(token_ids) == 0:
+        self.caller.check_own(trajectory)
+        if is_empty(token_ids):
             raise InputError("there is nothing to score: token_ids is empty")
         return self._score(trajectory, token_ids, agent)
 

@@ -3,12 +3,13 @@
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
-from engines import ascii_tokenizer, tiny_engine
+from engines import agents, ascii_tokenizer, tiny_engine
 
 from lragent_jax.async_engine import AsyncEngine
 from lragent_jax.engine import Engine
-from lragent_jax.models.errors import InputError
+from lragent_jax.models.errors import AdapterError, InputError
 from lragent_jax.sampling_params import SamplingParams
 
 QUESTION = [5, 6, 7]
@@ -61,3 +62,53 @@ def test_a_list_of_params_for_one_prompt(engine):
         for call in (engine.generate, engine.stream):
             with pytest.raises(InputError, match="a list of params goes with a list of prompts"):
                 call(prompt, "plan", [SamplingParams()])
+
+
+def test_text_where_a_trajectory_is_asked_for(engine):
+    for call in (
+        lambda: engine.score("abc", [1, 2], "plan"),
+        lambda: engine.score_output(QUESTION, [1, 2], "plan"),
+        lambda: engine.next_token_logits("abc"),
+        lambda: engine.next_token_logits(None),
+    ):
+        with pytest.raises(InputError, match=r"takes a trajectory, not (str|list|NoneType): engine\.trajectory"):
+            call()
+
+
+def test_a_number_where_token_ids_are_asked_for(engine):
+    with engine.trajectory().append(QUESTION) as trajectory:
+        for ids in (5, None, np.array(5)):
+            with pytest.raises(InputError, match="token ids are a flat sequence of integers, not"):
+                engine.score(trajectory, ids)
+        assert trajectory.token_ids == QUESTION
+
+
+def test_models_and_adapters_that_are_none(engine, tmp_path):
+    others: list[tuple[Any, str]] = [
+        ([tmp_path], "not as list"),
+        ("plan", "not as str"),
+        ({"plan": None}, "the adapter of agent 'plan' is a folder or an Adapter, not None"),
+    ]
+    for adapters, message in others:
+        with pytest.raises(InputError, match=message):
+            Engine.from_pretrained(tmp_path / "model", adapters)
+    models: list[Any] = [None, 3]
+    for model in models:
+        with pytest.raises(InputError, match=f"model is the path of a folder or file, not {model}"):
+            Engine.from_pretrained(model)
+    with pytest.raises(InputError, match="the adapter of agent 'z' is a folder or an Adapter, not None"):
+        engine.load_adapter("z", None)
+    assert engine.agents == list(agents())
+
+
+def test_the_base_model_is_not_unloaded(engine):
+    with pytest.raises(AdapterError, match="None is the base model, which stays; name the agent"):
+        engine.unload_adapter(None)
+    assert engine.agents == list(agents())
+
+
+def test_agents_of_a_preset_are_a_list_of_different_names():
+    for names in ("plan", ["a", "a"]):
+        with pytest.raises(InputError, match=r"agents is a list of names, each once, not"):
+            Engine.from_preset("tiny", agents=names, num_pages=1)
+    assert Engine.from_preset("tiny", agents=("a", "b"), num_pages=1).agents == ["a", "b"]

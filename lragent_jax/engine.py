@@ -383,7 +383,7 @@ class Engine:
         `next_token_logits`.
         """
         sizes = [1 << i for i in range(batch_size(max_batch_size).bit_length())] if batch_sizes is None else batch_sizes
-        with self.batcher.exclusive():
+        with self.batcher.exclusive(), self._executor.said_of_implementation():
             return Warmup(self._executor, sizes, max_tokens, scoring)(progress)
 
     # Inside.

@@ -15,8 +15,9 @@ from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.flat_tree import FlatTree
 from lragent_jax.generation import NEVER, DecodeState, Slots
+from lragent_jax.kernels.lora_attention.dispatch import default_platform, platforms_of
 from lragent_jax.models.cache_view import HostOrDevice, PageTable, RecomputedPages
-from lragent_jax.models.errors import InputError, OutOfPagesError
+from lragent_jax.models.errors import InputError, LRAgentError, OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
 from lragent_jax.prefix_tree import Reused
@@ -315,7 +316,7 @@ class Executor:
         """Up to `num_steps` (at most `decode_block`) tokens per row: [B, decode_block], -1 behind a row's end."""
         state, kv_lens = generation.take(self.slots, batch.slot_ids)
         args, options = self.decode_arguments(batch, state, kv_lens, num_steps)
-        with self._said_of_implementation():
+        with self.said_of_implementation():
             out, state, table, self.cache.arrays = generation.decode(*args, **options)
         self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
         return out
@@ -403,20 +404,28 @@ class Executor:
     def run_prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
         """`generation.prefill` over the engine's caches: logits and hidden states."""
         args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base)
-        with self._said_of_implementation():
+        with self.said_of_implementation():
             logits, hidden, self.cache.arrays = generation.prefill(*args, **options)
         return logits, hidden
 
     @contextlib.contextmanager
-    def _said_of_implementation(self) -> Iterator[None]:
+    def said_of_implementation(self) -> Iterator[None]:
         """One of attention that was asked for and does not fit is the caller's to change."""
         try:
             yield
         except NotImplementedError as reason:
-            raise InputError(
-                f"implementation={self.implementation!r} cannot run this model here: {reason}; without "
-                "implementation, the first that can is taken"
-            ) from reason
+            raise self._does_not_fit(str(reason)) from reason
+        except ValueError as error:  # a kernel of another platform that nothing but JAX's lowering balks at
+            platforms, here = platforms_of(self.implementation), default_platform()
+            if isinstance(error, LRAgentError) or not platforms or here in platforms:
+                raise
+            raise self._does_not_fit(f"it is written for {', '.join(platforms)}, and this is {here}") from error
+
+    def _does_not_fit(self, reason: str) -> InputError:
+        return InputError(
+            f"implementation={self.implementation!r} cannot run this model here: {reason}; without implementation, "
+            "the first that can is taken"
+        )
 
     def prefill_arguments(
         self, tokens, adapter_ids, table: PageTable, write_base: bool

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from engines import agents, ascii_tokenizer, tiny_engine
@@ -112,3 +113,19 @@ def test_agents_of_a_preset_are_a_list_of_different_names():
         with pytest.raises(InputError, match=r"agents is a list of names, each once, not"):
             Engine.from_preset("tiny", agents=names, num_pages=1)
     assert Engine.from_preset("tiny", agents=("a", "b"), num_pages=1).agents == ["a", "b"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="they may run here")
+def test_kernels_of_another_platform():
+    engine = tiny_engine("base_lr", implementation="pallas_triton")
+    with engine.trajectory().append(QUESTION) as trajectory:
+        for call in (
+            lambda: engine.generate(trajectory, "plan", max_new_tokens=2),
+            lambda: engine.score(trajectory, [1, 2], "plan"),
+            lambda: engine.warmup(scoring=False),
+        ):
+            with pytest.raises(
+                InputError, match=r"implementation='pallas_triton' cannot run .* for gpu, and this is cpu; .* the first"
+            ):
+                call()
+        assert trajectory.token_ids == QUESTION

@@ -32,6 +32,11 @@ IMPLEMENTATIONS = (
 )
 
 
+def platforms_of(name: str | None) -> tuple[str, ...]:
+    """Where implementation `name` is tried unasked; nowhere for None."""
+    return next((known.platforms for known in IMPLEMENTATIONS if known.name == name), ())
+
+
 def default_platform() -> str:
     """Where JAX puts work of which nobody said where it goes: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (made at run time)

@@ -88,3 +88,9 @@ def check_sources(adapters: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if not isinstance(source, str | os.PathLike | Adapter):
             raise InputError(f"the adapter of agent {name!r} is a folder or an Adapter, not {source!r}")
     return adapters
+
+
+def check_positive(value: Any, what: str) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{what} must be a positive integer, not {value!r}")
+    return int(value)

@@ -5,7 +5,7 @@ import copy
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +18,7 @@ from lragent_jax.batching import Batcher
 from lragent_jax.call_arguments import (
     Ids,
     Prompt,
+    check_positive,
     check_sources,
     is_batch,
     is_empty,
@@ -382,7 +383,15 @@ class Engine:
         power of two), `max_tokens` of a context, and without `scoring` none of `score`, `score_output` and
         `next_token_logits`.
         """
-        sizes = [1 << i for i in range(batch_size(max_batch_size).bit_length())] if batch_sizes is None else batch_sizes
+        check_positive(max_batch_size, "max_batch_size")
+        if max_tokens is not None:
+            check_positive(max_tokens, "max_tokens")
+        if batch_sizes is None:
+            sizes = [1 << i for i in range(batch_size(max_batch_size).bit_length())]
+        elif isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, str):
+            sizes = [check_positive(size, "a size in batch_sizes") for size in batch_sizes]
+        else:
+            raise InputError(f"batch_sizes is a list of numbers of rows, not {batch_sizes!r}")
         with self.batcher.exclusive(), self._executor.said_of_implementation():
             return Warmup(self._executor, sizes, max_tokens, scoring)(progress)
 

@@ -19,6 +19,7 @@ from lragent_jax import generation
 from lragent_jax.compile_watch import CompileWatch
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter_bank import LoraPair
+from lragent_jax.models.errors import InputError
 from lragent_jax.models.llama import Block, random_params
 from lragent_jax.models.packed_rows import PackedRows
 from lragent_jax.sampling_params import SamplingParams
@@ -127,6 +128,23 @@ def test_what_a_warm_up_leaves_out():
     assert prefills(warmup(tiny_engine("base_lr", one_group))) == [(1, 8, True), (1, 32, True)]
     of_other_groups = prefills(warmup(tiny_engine("base_lr")))
     assert of_other_groups == both + both  # two groups: low-rank pages alone, and those of both at a time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
+        ({"max_batch_size": -3}, "max_batch_size must be a positive integer, not -3"),
+        ({"max_batch_size": "1"}, "max_batch_size must be a positive integer, not '1'"),
+        ({"max_tokens": -1}, "max_tokens must be a positive integer, not -1"),
+        ({"max_tokens": 2.5}, "max_tokens must be a positive integer, not 2.5"),
+        ({"batch_sizes": (1, 0)}, "a size in batch_sizes must be a positive integer, not 0"),
+        ({"batch_sizes": 4}, "batch_sizes is a list of numbers of rows, not 4"),
+    ],
+)
+def test_sizes_that_are_none(arguments, message):
+    with pytest.raises(InputError, match=message):
+        tiny_engine("full").warmup(**arguments, scoring=False)
 
 
 def test_tables_are_as_wide_as_contexts_and_one_row_needs_one_width():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,43 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     message = f"{target} cannot be made: .+; name another folder"
     with pytest.raises(CheckpointError, match=message), new_folder(target, marker="marker"):
         raise AssertionError("it was made")
+
+
+def write_marker(folder, text, **options):
+    with new_folder(folder, marker="marker", **options) as draft:
+        (draft / "marker").write_text(text)
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
+    write_marker(tmp_path / "disk" / "plan", "old")
+    link = tmp_path / "plan"
+    link.symlink_to(tmp_path / "disk" / "plan")
+    with pytest.raises(CheckpointError, match="disk/plan exists"):
+        write_marker(link, "new")
+    write_marker(link, "new", force=True)
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "plan" / "marker").read_text() == "new"
+    (tmp_path / "later").symlink_to(tmp_path / "disk" / "later")
+    write_marker(tmp_path / "later", "first")
+    assert (tmp_path / "disk" / "later" / "marker").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "later", "plan"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["later", "plan"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(tmp_path, monkeypatch):
+    write_marker(tmp_path / "plan", "old")
+    rename = Path.rename
+
+    def rename_no_draft(path, target):
+        if Path(target).name == "plan" and not path.name.endswith(".old"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_no_draft)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_marker(tmp_path / "plan", "new", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+    assert (tmp_path / "plan" / "marker").read_text() == "old"
 
 
 def edit_manifest(folder, **fields):

@@ -7,11 +7,13 @@ from typing import Literal
 
 from lragent_jax.models.adapter import Adapter, stack_adapters
 from lragent_jax.models.adapter_checkpoint import MANIFEST_FILE, read_adapter, save_adapter
+from lragent_jax.models.checkpoint import MANIFEST_FILE as MODEL_MANIFEST_FILE
 from lragent_jax.models.checkpoint import save_checkpoint
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import CheckpointError, InputError
 from lragent_jax.models.folder import read_config, read_model
 from lragent_jax.models.huggingface import CONFIG_FILE
+from lragent_jax.models.new_folder import check_free
 from lragent_jax.models.peft import write_peft
 from lragent_jax.models.peft_config import CONFIG_FILE as PEFT_CONFIG_FILE
 from lragent_jax.models.weights import Progress
@@ -39,8 +41,10 @@ def convert_model(
 ) -> LlamaConfig:
     """Writes a Hugging Face folder, a GGUF file or a checkpoint as an Orbax checkpoint, tokenizer included.
 
-    Raises what `read_model`, `load_tokenizer` and `save_checkpoint` raise; `out` appears whole or not at all.
+    Raises what `read_model`, `load_tokenizer` and `save_checkpoint` raise; `out` appears whole or not at all, and is
+    refused before anything is read.
     """
+    check_free(out, marker=MODEL_MANIFEST_FILE, force=force)
     tokenizer = load_tokenizer(source)
     config, _, params = read_model(source, dtype, progress=progress)
     save_checkpoint(out, config, params, force=force, write_beside=tokenizer.save if tokenizer else None)
@@ -57,8 +61,9 @@ def convert_adapter(
 ) -> Adapter:
     """Writes a PEFT folder or an Orbax adapter in the other's format, checked against the `model` it belongs to.
 
-    Raises what `read_config`, `read_adapter`, `save_adapter` and `write_peft` raise.
+    Raises what `read_config`, `read_adapter`, `save_adapter` and `write_peft` raise, for `out` before anything is read.
     """
+    check_free(out, marker=_marker(to), force=force)
     config = read_config(model)
     adapter = read_adapter(source, config)
     _write(out, adapter, config, model, to, force)
@@ -78,18 +83,53 @@ def stack(
     Raises `InputError` for names that are no folder names, `CheckpointError` if one of the folders is there already
     (unless `force` replaces it), before anything is written; and what `read_adapter` and `stack_adapters` raise.
     """
+    stacked = read_stacked(sources, out, model, to=to, force=force)
+    write_adapters(stacked, out, model, to=to, force=force)
+    return stacked
+
+
+def read_stacked(
+    sources: Mapping[str, str | os.PathLike],
+    out: str | os.PathLike,
+    model: str | os.PathLike,
+    *,
+    to: AdapterFormat = "orbax",
+    force: bool = False,
+) -> dict[str, Adapter]:
+    """What `stack` will write, and all that it checks; nothing is written."""
     for name in sources:
         if name in ("", ".", "..") or Path(name).name != name:
             raise InputError(f"{name!r} cannot be the name of a folder; call the agent something else")
-    folders = {name: Path(out) / name for name in sources}
-    if taken := [str(folder) for folder in folders.values() if folder.exists() and not force]:
+    folders = [Path(out) / name for name in sources]
+    if taken := [str(folder) for folder in folders if folder.exists() and not force]:
         raise CheckpointError(f"there already: {', '.join(taken)}; name another folder, or pass force to replace them")
+    for folder in folders:
+        check_free(folder, marker=_marker(to), force=force)
     config = read_config(model)
     adapters = [read_adapter(source, config) for source in sources.values()]
-    stacked = dict(zip(sources, stack_adapters(adapters), strict=True))
-    for name, adapter in stacked.items():
-        _write(folders[name], adapter, config, model, to, force)
-    return stacked
+    return dict(zip(sources, stack_adapters(adapters), strict=True))
+
+
+def write_adapters(
+    adapters: Mapping[str, Adapter],
+    out: str | os.PathLike,
+    model: str | os.PathLike,
+    *,
+    to: AdapterFormat = "orbax",
+    force: bool = False,
+) -> None:
+    """A folder per agent under `out`, each whole or not at all."""
+    config = read_config(model)
+    for name, adapter in adapters.items():
+        _write(Path(out) / name, adapter, config, model, to, force)
+
+
+def _marker(to: str) -> str:
+    """The file that every adapter folder of a format holds. Raises `InputError` for a format that is none."""
+    markers = {"orbax": MANIFEST_FILE, "peft": PEFT_CONFIG_FILE}
+    if to not in markers:
+        raise InputError(f"adapters are written as {' or '.join(ADAPTER_FORMATS)}, not {to!r}")
+    return markers[to]
 
 
 def _write(
@@ -97,7 +137,5 @@ def _write(
 ) -> None:
     if to == "orbax":
         save_adapter(out, adapter, force=force)
-    elif to == "peft":
-        write_peft(out, adapter, config, base_model=str(model), force=force)
     else:
-        raise InputError(f"adapters are written as {' or '.join(ADAPTER_FORMATS)}, not {to!r}")
+        write_peft(out, adapter, config, base_model=str(model), force=force)

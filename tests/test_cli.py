@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from text_models import CONFIG, TRAJECTORIES, adapters, file_of, write_adapters,
 from typer.testing import CliRunner
 
 from lragent_jax import compilation_cache, embedded
+from lragent_jax import convert as library
 from lragent_jax.cli.app import app
 from lragent_jax.models.adapter_checkpoint import restore_adapter
+from lragent_jax.models.errors import CheckpointError, InputError
 from lragent_jax.models.huggingface import config_from_huggingface
 from lragent_jax.models.peft import read_peft
 from lragent_jax.react import ROLES
@@ -289,6 +292,30 @@ def test_stacking_makes_one_a_group_that_computes_the_same(model, folders, tmp_p
     )
     assert "--model" in fail("convert", "--stack", *pairs, "--out", tmp_path / "other", code=2)
     assert "one source" in fail("convert", *folders.values(), "--out", tmp_path / "other", code=2)
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(model, folders, tmp_path, monkeypatch):
+    def read(*args, **options):
+        raise AssertionError("it was read")
+
+    for name in ("read_model", "read_adapter", "load_tokenizer"):
+        monkeypatch.setattr(library, name, read)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for out, message in (
+        ("full", "holds other things"),
+        ("full/thesis.tex", "is a file; name a folder"),
+        ("full/thesis.tex/new", "cannot be made: .*thesis.tex is a file; name another folder"),
+    ):
+        for write in (
+            lambda: library.convert_model(model, tmp_path / out, force=True),  # noqa: B023  (called at once)
+            lambda: library.convert_adapter(folders["plan"], tmp_path / out, model, force=True),  # noqa: B023
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                write()
+    with pytest.raises(InputError, match="orbax or peft, not 'gguf'"):
+        library.convert_adapter(folders["plan"], tmp_path / "new", model, to=cast("Any", "gguf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_info_counts_what_a_model_and_its_cache_take(model, folders):

@@ -318,6 +318,29 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(model, fold
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_the_script_converts_a_model_and_its_adapters_or_nothing(model, folders, tmp_path, monkeypatch, capsys):
+    script, out = load_script("convert"), tmp_path / "out"
+    pairs = [f"{name}={folder}" for name, folder in folders.items()]
+
+    def convert(*arguments):
+        monkeypatch.setattr("sys.argv", ["convert.py", str(model), str(out), *arguments])
+        script.main()
+
+    for arguments, message in ((["plan"], "'plan' is not of the form NAME=FOLDER"), (pairs + pairs, "given twice")):
+        with pytest.raises(SystemExit, match="2"):
+            convert(*arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="there is no adapter folder absent"):
+        convert(pairs[0], "action=absent")
+    assert not out.exists()
+    convert(*pairs)
+    assert capsys.readouterr().out.splitlines() == [str(out / "model"), *(str(out / "adapters" / x) for x in folders)]
+    with pytest.raises(SystemExit, match=r"exists; .*force"):
+        convert()
+    convert(*pairs, "--force")
+    assert {restore_adapter(out / "adapters" / name).a_group_hash is not None for name in folders} == {True}
+
+
 def test_info_counts_what_a_model_and_its_cache_take(model, folders):
     described = json.loads(succeed("info", model, "--json", *agent_options(folders)))
     assert described["kind"] == "Hugging Face folder"

@@ -1,8 +1,10 @@
 """The `lragent` command on tiny models: what it prints where, and with which exit code."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from lragent_jax import compilation_cache, embedded
 from lragent_jax import convert as library
+from lragent_jax.cli import main
 from lragent_jax.cli.app import app
 from lragent_jax.models.adapter_checkpoint import restore_adapter
 from lragent_jax.models.errors import CheckpointError, InputError
@@ -90,6 +93,46 @@ def test_the_installed_command_fails_in_its_own_words(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: there is no model at absent; nothing is downloaded")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_an_exit_that_leaves_no_draft(tmp_path, number):
+    program = f"""
+import os, signal
+from lragent_jax import cli
+from lragent_jax.cli import app
+from lragent_jax.models.new_folder import new_folder
+
+def save():
+    with new_folder("model", marker="marker") as draft:
+        (draft / "weights").write_text("gigabytes")
+        if ends:
+            os.kill(os.getpid(), {number})
+            raise AssertionError("it went on")
+
+app.app, ends = save, False
+cli.main()
+assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGHUP)] == [signal.SIG_DFL] * 2
+os.rename("model", "before")
+ends = True
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("lragent_jax.cli.app.app", lambda: signal.raise_signal(signal.SIGHUP))
+        main()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        thread = threading.Thread(target=main)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 REPLAY = ("--dtype", "float32", "--page-size", "16")

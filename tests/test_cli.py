@@ -1,6 +1,7 @@
 """The `lragent` command on tiny models: what it prints where, and with which exit code."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -93,6 +94,17 @@ def test_the_installed_command_fails_in_its_own_words(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: there is no model at absent; nothing is downloaded")
+
+
+def test_what_an_output_cannot_encode_costs_only_itself():
+    program = (
+        "from lragent_jax import cli; from lragent_jax.cli import app; app.app = lambda: print('Łódź'); cli.main()"
+    )
+    in_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=in_ascii, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "??d?\n", "")
+    replaced = f"import sys, io; sys.stdout = io.StringIO(); {program}; assert sys.stdout.getvalue() == 'Łódź\\n'"
+    subprocess.run([sys.executable, "-c", replaced], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -14,8 +14,16 @@ def main() -> None:
     """
     from lragent_jax.cli.app import app
 
+    _write_whatever_comes()
     with _signals_exit():
         app()
+
+
+def _write_whatever_comes() -> None:
+    """What the output's encoding lacks becomes a question mark: an error there would lose all that was generated."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # whoever replaced the stream need not have it
+    if reconfigure is not None:
+        reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

@@ -305,6 +305,7 @@ def test_generate_says_what_is_wrong(model, folders, tmp_path):
     assert "there is no adapter folder" in fail(*command, "--prompt", "x", "--adapter", "plan=absent")
     assert "one of --prompt, --file" in fail(*command, "--prompt", "x", "--token-ids", "1", code=2)
     assert "no list of numbers" in fail(*command, "--token-ids", "1,x", code=2)
+    assert "--chat puts text into" in fail(*command, "--token-ids", "5,6", "--chat", code=2)
     assert "does not go with --stream" in fail(*command, "--prompt", "x", "--json", "--stream", code=2)
     assert "unknown sharing mode" in fail(*command, "--prompt", "x", "--sharing", "half", code=2)
 
@@ -327,6 +328,10 @@ def test_adapters_go_to_orbax_and_back(model, folders, tmp_path):
     assert read_peft(tmp_path / "peft", CONFIG).content_hash == source.content_hash
     assert "--model" in fail("convert", folders["plan"], "--out", tmp_path / "x", code=2)
     assert "--to" in fail("convert", folders["plan"], "--out", tmp_path / "x", "--model", model, "--to", "gguf", code=2)
+    refused = fail("convert", model, "--out", tmp_path / "x", "--to", "peft", code=2)
+    assert "only adapters become PEFT; models become Orbax checkpoints" in refused
+    assert "there is no model at" in fail("convert", tmp_path / "absent", "--out", tmp_path / "x", "--to", "peft")
+    assert not (tmp_path / "x").exists()
 
 
 def test_stacking_makes_one_a_group_that_computes_the_same(model, folders, tmp_path):

@@ -36,6 +36,7 @@ def convert(
     if stack and model is None:
         raise typer.BadParameter("stacking adapters needs the model they belong to", param_hint="--model")
     from lragent_jax import convert as library
+    from lragent_jax.models.folder import find_model
 
     with progress_bar() as progress:
         if stack:
@@ -52,6 +53,11 @@ def convert(
             library.convert_adapter(source[0], out, model, to=_format(to), force=force)
             print(out)
         else:
+            find_model(source[0])
+            if to != "orbax":
+                raise typer.BadParameter(
+                    "only adapters become PEFT; models become Orbax checkpoints", param_hint="--to"
+                )
             progress(0, 0, "reading the model")
             library.convert_model(
                 source[0], out, dtype=dtype, force=force, progress=labelled(progress, "reading, then writing the model")

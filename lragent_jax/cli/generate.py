@@ -51,6 +51,8 @@ def generate(
     """Generate with one agent. The text comes from --prompt, --file or standard input."""
     if sum(given is not None for given in (prompt, file, token_ids)) > 1:
         raise typer.BadParameter("give one of --prompt, --file and --token-ids")
+    if chat and token_ids is not None:
+        raise typer.BadParameter("--chat puts text into a template; it does not go with --token-ids")
     if stream and json:
         raise typer.BadParameter("--json prints one line at the end; it does not go with --stream")
     given, mode = options.name_path_pairs(adapter, "--adapter"), options.sharing_mode(sharing)

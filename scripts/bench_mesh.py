@@ -35,10 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import generation
-from lragent_jax.devices import Devices
+from lragent_jax.devices import Devices, choose_devices
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import random_adapter
 from lragent_jax.models.config import LlamaConfig
+from lragent_jax.models.errors import InputError
 from lragent_jax.models.llama import random_params
 from lragent_jax.sampling import sample, sampling_arrays
 from lragent_jax.sampling_params import SamplingParams
@@ -384,6 +385,10 @@ def main() -> None:
         help="of the decode program, on one device and on several; repeatable; a switch is True or False",
     )
     arguments = parser.parse_args()
+    try:  # before the engine over one device, whose numbers nobody wants alone
+        choose_devices(arguments.devices)
+    except InputError as error:
+        parser.error(f"--devices {arguments.devices}: {error}")
     options = dict(arguments.compiler_option)
     contexts = tuple(sorted(int(item) for item in arguments.contexts.split(",")))
     config = LlamaConfig.preset(arguments.preset)

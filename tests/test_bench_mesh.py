@@ -77,6 +77,17 @@ def test_the_best_of_clear_rows_must_be_the_same():
     assert not bench_mesh.compare_scored(one, scores((5, 0.9), (4, 0.01)))["equal"]
 
 
+def test_too_few_devices_are_said_before_anything_is_made(monkeypatch, capsys):
+    def make(*arguments):
+        raise AssertionError("an engine was made")
+
+    monkeypatch.setattr(bench_mesh, "make_engine", make)
+    monkeypatch.setattr("sys.argv", ["bench_mesh.py", "--preset", "tiny", "--devices", "4096"])
+    with pytest.raises(SystemExit, match="2"):
+        bench_mesh.main()
+    assert "--devices 4096: tensor_parallel is 4096, and JAX sees" in capsys.readouterr().err
+
+
 def test_a_tiny_engine_is_measured(capsys):
     setting = bench_mesh.Setting(
         engines.CONFIG, "float32", rank=4, contexts=(9, 20), chunk=32, decoded=4, repeats=2, page_size=8,

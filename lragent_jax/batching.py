@@ -76,7 +76,7 @@ class Batcher:
         self._stuck = False  # whether nobody can be admitted before something has changed
         # Lies around the cache's lock, whose holder waits for nobody: a finalizer may want that in any thread.
         self._section = FairLock()
-        self._drivers = Drivers(lambda: self.has_work, self._step_alone)
+        self._drivers = Drivers()
 
     # Whoever calls.
 
@@ -99,7 +99,7 @@ class Batcher:
 
     def drive(self, done: Callable[[], bool]) -> None:
         """Steps for everybody, in turns with other threads that do so, until `done`; asked after every step."""
-        self._drivers.drive(done)
+        self._drivers.drive(done, lambda: self.has_work, self._step_alone)
 
     def wake(self) -> None:
         """Lets every driver look again."""

@@ -6,21 +6,20 @@ from collections.abc import Callable
 
 
 class Drivers:
-    """The threads that wait, and whose turn it is to call `step` while there is work."""
+    """The threads that wait, and whose turn it is to step."""
 
-    def __init__(self, has_work: Callable[[], bool], step: Callable[[], None]):
-        self._has_work, self._step = has_work, step
+    def __init__(self):
         # C-level objects only: a finalizer may run while a thread is in the middle of them.
         self._turn = threading.RLock()
         self._asleep: list[queue.SimpleQueue[None]] = []
 
-    def drive(self, done: Callable[[], bool]) -> None:
-        """Steps, in turns with other threads that do so, until `done`; asked after every step."""
+    def drive(self, done: Callable[[], bool], has_work: Callable[[], bool], step: Callable[[], None]) -> None:
+        """Calls `step` while there is work, in turns with other threads that do so, until `done`; asked behind it."""
         asleep: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._asleep.append(asleep)
         try:
             while not done():
-                if not (self._has_work() and self._take_turn()):
+                if not (has_work() and self._take_turn(step)):
                     asleep.get()
         finally:
             self._asleep.remove(asleep)
@@ -32,12 +31,12 @@ class Drivers:
             if asleep.empty():  # a driver asks whether it is done after taking what is there
                 asleep.put(None)
 
-    def _take_turn(self) -> bool:
+    def _take_turn(self, step: Callable[[], None]) -> bool:
         """Steps once, unless another thread is at it."""
         try:  # before the lock is taken: Ctrl-C may come right behind that
             if not self._turn.acquire(blocking=False):
                 return False
-            self._step()
+            step()
             return True
         finally:
             if self._turn._is_owned():  # pyright: ignore[reportAttributeAccessIssue]

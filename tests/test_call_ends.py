@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import jax
@@ -41,6 +42,19 @@ def test_pages_of_a_trajectory_that_goes_during_a_step_can_be_had(how, monkeypat
     monkeypatch.setattr(engine._cache, "reserve", during)
     output = engine.generate([7] * 70, "plan", max_new_tokens=2, ignore_eos=True)  # needs 9
     assert len(output.token_ids) == 2
+
+
+def test_a_dropped_engine_gives_its_pages_back_without_the_collector():
+    engine = tiny_engine("base_lr")
+    engine.generate(CONTEXT, "plan", max_new_tokens=3)
+    pages = weakref.ref(engine._cache)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert pages() is None
+    finally:
+        gc.enable()
 
 
 def test_whoever_has_the_last_piece_has_the_trajectory(monkeypatch):
@@ -194,3 +208,4 @@ def test_closing_does_not_wait_for_a_loop_that_has_ended():
     loop.close()
     asyncio.run(asyncio.wait_for(server.aclose(), 30))
     tasks[0].get_coro().close()
+    tasks[0]._log_destroy_pending = False

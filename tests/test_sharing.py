@@ -116,7 +116,8 @@ def test_bytes_are_those_of_the_formula(mode):
     assert stats.low_rank.bytes_used == low_ranks * tokens * low_rank
     assert stats.bytes_used == ((bases + recomputed) * base + low_ranks * low_rank) * tokens
     assert stats.base.bytes_total == OPTIONS["num_pages"] * page * base * (1 / 2 if mode == "droidspeak" else 1)
-    assert stats.recomputed.bytes_total == (3 * OPTIONS["num_pages"] * page * base / 2 if recomputed else 0)
+    owners = 4 if recomputed else 0  # three agents, and the model without one
+    assert stats.recomputed.bytes_total == owners * OPTIONS["num_pages"] * page * base / 2
     pools = jax.tree.leaves(engine._cache.arrays.base)
     assert sum(pool.nbytes for pool in pools) == stats.base.bytes_total + stats.recomputed.bytes_total
     assert engine.cache_stats().bytes_used == 0
@@ -259,7 +260,8 @@ def test_layers_to_recompute_are_checked():
 def test_an_adapter_that_the_recomputed_pool_has_no_pages_for():
     """The pool was sized for those that were there before it: it takes pages of theirs, which are made again."""
     both = {name: agents()[name] for name in ("plan", "action")}
-    engine, roomy = tiny_engine("droidspeak", both, max_adapters=3), tiny_engine("droidspeak", agents())
+    engine = tiny_engine("droidspeak", both, max_adapters=3, num_recomputed_pages=144)
+    roomy = tiny_engine("droidspeak", agents())
     leave_free(engine, base=8, low_rank=0, recomputed=12)
     with engine.trajectory() as trajectory, roomy.trajectory() as same:
         trajectory.append(QUESTION)
@@ -282,7 +284,7 @@ def test_a_call_that_even_an_empty_pool_does_not_hold_changes_nothing():
         stats = engine.cache_stats()
         for call in (engine.next_token_logits, functools.partial(engine.generate, max_new_tokens=3)):
             with pytest.raises(
-                OutOfPagesError, match=r"5 more recomputed pages .* 4 of 144 are free: close.*larger num_recomputed_pa"
+                OutOfPagesError, match=r"5 more recomputed pages .* 4 of 192 are free: close.*larger num_recomputed_pa"
             ):
                 call(trajectory, "reflect")
         assert engine.cache_stats() == stats

@@ -148,9 +148,7 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
 def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
     """K += RoPE(L B) for slot after slot, 64 keys at a time.
 
-    The tensor cores are busy with what the other warpgroups asked for, so that a product is waited for as long as 64
-    queries' scores take, however small it is: there is one for all lanes. What is made of it comes in narrow pieces,
-    which the registers hold.
+    One product for all lanes; what is made of it comes in narrow pieces, which the registers hold.
     """
     half, width = cfg.H // 2, cfg.k_lanes
     lanes = [(pl.ds(lane, width), pl.ds(half + lane, width)) for lane in range(0, half, width)]

@@ -27,7 +27,6 @@ from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTab
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
     COMPUTE_WARPGROUPS,
-    EXPANDED_KEYS,
     SHARED_MEMORY,
     TILE_Q,
     Barriers,
@@ -222,7 +221,7 @@ def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, bar
         @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
         def _expand_keys():
             plgpu.set_max_registers(expanding, action="decrease")
-            expand_keys(cfg, all_steps, inputs, smem, barriers)
+            expand_keys(cfg, all_steps, smem, barriers)
 
 
 def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, blocks: BlockSizes) -> None:
@@ -274,15 +273,11 @@ def prefill(
     if low_rank is not None and lora_b is not None:
         num_adapters = max(b.shape[0] for b in lora_b if b is not None)
         b_v, b_k = (None if b is None else b.reshape(num_adapters, -1, K * H) for b in lora_b)
+        rope = rope_table(-(-page_table.base.shape[1] * p // blocks.block_kv) * blocks.block_kv, rope_inv_freq)
         inputs = inputs._replace(
-            low_rank_v=low_rank.v, low_rank_k=low_rank.k, b_v=b_v, b_k=b_k, low_rank_table=page_table.low_rank,
-            adapter_ids=adapter_ids,
+            low_rank_v=low_rank.v, low_rank_k=low_rank.k, b_v=b_v, b_k=b_k, rope=rope if r_k else None,
+            low_rank_table=page_table.low_rank, adapter_ids=adapter_ids,
         )  # fmt: skip
-        if r_k:
-            turned = jnp.roll(lora_b.k, H // 2, axis=-1).reshape(b_k.shape)
-            num_blocks = -(-page_table.base.shape[1] * p // blocks.block_kv)
-            rope, rope_starts = rope_tables(num_blocks, blocks.block_kv // EXPANDED_KEYS, rope_inv_freq)
-            inputs = inputs._replace(b_k_turned=turned, rope=rope, rope_starts=rope_starts)
     cfg = Config(
         *(T, H, N // K, K, p, r_v, r_k, num_adapters, q.dtype, sm_scale * LOG2_E), blocks=blocks, interpret=interpret
     )
@@ -292,19 +287,12 @@ def prefill(
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
 
 
-def rope_tables(
-    num_blocks: int, parts: int, inv_freq
-) -> tuple[Float[Array, "64 H"], Float[Array, "num_blocks parts 2 H"]]:
-    """`Inputs.rope` and `Inputs.rope_starts`: the same for every layer, so XLA makes them once per step."""
-
-    def cos_and_sin(positions):
-        angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
-        return jnp.cos(angles), jnp.sin(angles)
-
-    within = jnp.concatenate(cos_and_sin(jnp.arange(EXPANDED_KEYS)), axis=1).astype(jnp.float16)
-    cos, sin = cos_and_sin(jnp.arange(num_blocks * parts) * EXPANDED_KEYS)
-    starts = jnp.stack([jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1)], axis=1)
-    return within, starts.reshape(num_blocks, parts, 2, -1)
+def rope_table(num_positions: int, inv_freq) -> Float[Array, "S H"] | None:
+    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
+    if inv_freq is None:
+        return None
+    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inv_freq[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1).astype(jnp.float16)
 
 
 def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, int, int]) -> Outputs:

@@ -25,13 +25,6 @@ def is_batch(prompt) -> bool:
     return not prompt or not all(isinstance(item, int | np.integer) for item in prompt)
 
 
-def is_empty(token_ids: Ids) -> bool:
-    try:
-        return len(token_ids) == 0
-    except TypeError:
-        raise InputError(f"token ids are a flat sequence of integers, not {type(token_ids).__name__}") from None
-
-
 def per_row(value, count: int, what: str) -> list:
     """A value for every row: one for all, or a list of as many."""
     if not isinstance(value, list | tuple):

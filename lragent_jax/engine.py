@@ -21,7 +21,6 @@ from lragent_jax.call_arguments import (
     check_positive,
     check_sources,
     is_batch,
-    is_empty,
     one_params,
     params_per_row,
     per_row,
@@ -364,9 +363,10 @@ class Engine:
     def score_output(self, trajectory: Trajectory, token_ids: Ids, agent: str | None = None) -> ScoreOutput:
         """`score`, with the counts and the time to the first row of logits."""
         self.caller.check_own(trajectory)
-        if is_empty(token_ids):
+        ids = trajectory.checked_ids(token_ids)
+        if not ids:
             raise InputError("there is nothing to score: token_ids is empty")
-        return self._score(trajectory, token_ids, agent)
+        return self._score(trajectory, ids, agent)
 
     def warmup(
         self,

@@ -79,7 +79,7 @@ def test_text_where_a_trajectory_is_asked_for(engine):
 def test_a_number_where_token_ids_are_asked_for(engine):
     with engine.trajectory().append(QUESTION) as trajectory:
         for ids in (5, None, np.array(5)):
-            with pytest.raises(InputError, match="token ids are a flat sequence of integers, not"):
+            with pytest.raises(InputError, match="token ids must be a flat sequence of integers, not"):
                 engine.score(trajectory, ids)
         assert trajectory.token_ids == QUESTION
 

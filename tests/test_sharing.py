@@ -277,14 +277,14 @@ def test_an_adapter_that_the_recomputed_pool_has_no_pages_for():
 
 
 def test_a_call_that_even_an_empty_pool_does_not_hold_changes_nothing():
-    engine = tiny_engine("droidspeak", agents())
+    engine = tiny_engine("droidspeak", agents(), num_recomputed_pages=144)
     leave_free(engine, base=8, low_rank=0, recomputed=4)
     with engine.trajectory() as trajectory:
         trajectory.append(QUESTION)
         stats = engine.cache_stats()
         for call in (engine.next_token_logits, functools.partial(engine.generate, max_new_tokens=3)):
             with pytest.raises(
-                OutOfPagesError, match=r"5 more recomputed pages .* 4 of 192 are free: close.*larger num_recomputed_pa"
+                OutOfPagesError, match=r"5 more recomputed pages .* 4 of 144 are free: close.*larger num_recomputed_pa"
             ):
                 call(trajectory, "reflect")
         assert engine.cache_stats() == stats

@@ -53,7 +53,7 @@ def convert(
             library.convert_adapter(source[0], out, model, to=_format(to), force=force)
             print(out)
         else:
-            find_model(source[0])
+            find_model(source[0])  # what is no model, and a folder that is not there, have errors of their own
             if to != "orbax":
                 raise typer.BadParameter(
                     "only adapters become PEFT; models become Orbax checkpoints", param_hint="--to"

@@ -81,7 +81,7 @@ class Shapes:
         return max(1, self.p // BLOCK_KV)
 
     def smem_bytes(self) -> int:
-        """Shared memory, nearly: what the buffers take, and some for alignment and barriers, 4,320 at the most seen."""
+        """Shared memory, nearly: what the buffers take, and some for alignment and barriers."""
         item = BLOCK_Q * 4 * (self.H + self.aux_width) + 5120
         if not (self.one_item or self.one_at_a_time):
             item += BLOCK_Q * 2 * self.H  # the next item's queries come before this one's result has gone

@@ -2,19 +2,16 @@
 
 Two warpgroups compute, 64 queries each, and a third one feeds them: it follows the page table and has the tensor
 memory accelerator bring K, V and low-rank pages into a ring of shared-memory slots. The two take turns at the tensor
-cores, one multiplying while the other does its softmax (Flash Attention 3, arXiv 2407.08608; the schedule is that of
-JAX's own Mosaic kernel). Beside o = P V a second accumulator o_lr = P L is kept, and B is applied to it once, at the
-end: P (V + L B) = P V + (P L) B. Where keys have a low-rank part, too, a fourth warpgroup adds it to K where it lies.
+cores (`prefill_ahead`, `prefill_turns`). Beside o = P V a second accumulator o_lr = P L is kept, and B is applied to it
+once, at the end: P (V + L B) = P V + (P L) B. Where keys have a low-rank part, too, a fourth warpgroup adds it to K
+where it lies.
 
 Whatever must not be read is asked for at a page that lies outside of its pool: the copy engine then writes zeros, so
 rows without an adapter and pages behind a row's keys take no branch of their own. Only the last page that a row holds
 can carry slots that are not its own; the feeding warpgroup clears them before anyone else sees them.
 """
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,9 +21,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill_ahead, prefill_turns
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
     COMPUTE_WARPGROUPS,
+    EXPANDED_KEYS,
     SHARED_MEMORY,
     TILE_Q,
     Barriers,
@@ -37,11 +36,11 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     Outputs,
     Tile,
     heuristic,
-    padded_rank,
     shared_memory,
     this_tile,
 )
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_feed import expand_keys, feed
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_softmax import Softmax, multiply_add
 from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
@@ -49,45 +48,6 @@ LOG2_E = math.log2(math.e)
 # Registers per thread of the warpgroups that compute, copy, and expand keys: 504 for three of them, 512 for four.
 REGISTERS = (232, 40, 0)
 REGISTERS_WITH_KEYS = (176, 40, 120)
-
-
-class Softmax(NamedTuple):
-    """An online softmax over base 2, f32 in registers: sums under the weights exp2(score - m), and the weights' sum."""
-
-    o: Any  # [64, H]
-    o_lr: Any  # [64, R_v] or None
-    m: Any  # [64]
-    l: Any  # [64]  # noqa: E741
-
-
-def empty(cfg: Config) -> Softmax:
-    row, tile = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-
-    def full(fill, shape, layout):
-        return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
-
-    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r_v)), tile) if cfg.r_v else None
-    return Softmax(full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row))
-
-
-def multiply_add(cfg: Config, terms, meanwhile: Callable[[], None] | None = None) -> tuple:
-    """acc + a1 b1 + a2 b2 .. for every (acc, ((a1, b1), (a2, b2) ..)); a in registers, b in shared memory."""
-    if cfg.interpret:  # the interpreter multiplies only what lies in shared memory
-        if meanwhile is not None:
-            meanwhile()
-        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        sums = tuple(acc + sum(dot(a, b[...]) for a, b in products) for acc, products in terms)
-        plgpu.commit_smem()  # as a wgmma's, these reads are over before the next copy
-        return sums
-
-    def issue(accumulators):
-        for acc, (_, products) in zip(accumulators, terms, strict=True):
-            for a, b in products:
-                plgpu.wgmma(acc, a, b)
-        if meanwhile is not None:
-            meanwhile()
-
-    return pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _ in terms))
 
 
 def compute(
@@ -103,77 +63,16 @@ def compute(
 
     plgpu.copy_gmem_to_smem(inputs.q.at[tile.b, queries, lanes], q, barriers.q_ready.at[warpgroup])
     plgpu.barrier_wait(barriers.q_ready.at[warpgroup])
-    pl.when(steps > 0)(lambda: plgpu.barrier_wait(barriers.k_ready.at[0]))
-    pl.when(warpgroup == 1)(lambda: take_turn(barriers))
-    body = functools.partial(attend_block, cfg, first, steps, q, smem, barriers)
-    state = lax.fori_loop(0, unmasked, functools.partial(body, masked=False), empty(cfg))
-    state = lax.fori_loop(unmasked, steps, functools.partial(body, masked=True), state)
 
-    @pl.loop(steps, all_steps)
-    def _skip(step):  # blocks that only the other warpgroup needs
-        slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
-        plgpu.barrier_arrive(barriers.k_free.at[slot])
-        plgpu.barrier_arrive(barriers.v_free.at[slot])
-        take_turn(barriers)
-        take_turn(barriers)
-
-    pl.when(warpgroup == 0)(lambda: take_turn(barriers))
+    # With low-rank keys the registers do not hold the scores of one block and the weights of another.
+    schedule = prefill_turns if cfg.r_k else prefill_ahead
+    state = schedule.attend(cfg, first, unmasked, steps, all_steps, q, smem, barriers)
     finish(cfg, tile, first, state, q, smem, barriers)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q, outputs.o.at[tile.b, queries, lanes])
     if outputs.lse is not None:
         plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], outputs.lse.at[tile.b, tile.head, queries])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def take_turn(barriers: Barriers) -> None:
-    plgpu.barrier_arrive(barriers.turn)
-    plgpu.barrier_wait(barriers.turn)
-
-
-def attend_block(
-    cfg: Config, first, steps, q, smem: Memory, barriers: Barriers, step, state: Softmax, *, masked: bool
-) -> Softmax:
-    """The state after one more block of keys. Its K has been waited for; the next block's is, too, on return."""
-    block_kv, stages = cfg.blocks.block_kv, jnp.int32(cfg.blocks.num_stages)
-    slot, next_slot = lax.rem(step, stages), lax.rem(step + 1, stages)
-
-    def score(scores):
-        plgpu.wgmma(scores, q, smem.k.at[slot].transpose((1, 0)))
-        take_turn(barriers)
-        return scores[...]
-
-    scores = pl.run_scoped(score, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
-    plgpu.barrier_arrive(barriers.k_free.at[slot])
-    if masked:
-        query, key = (
-            plgpu.broadcasted_iota(jnp.int32, scores.shape, dim, layout=plgpu.Layout.WGMMA) for dim in range(2)
-        )
-        scores = jnp.where(key + (step * block_kv - first) <= query, scores, -jnp.inf)
-
-    m = jnp.maximum(state.m, scores.max(axis=1) * cfg.exp2_scale)
-    rescale = jnp.exp2(state.m - m)
-    probs = jnp.exp2(scores * cfg.exp2_scale - lax.broadcast_in_dim(m, scores.shape, [0]))
-    sums = state.l * rescale + probs.sum(axis=1)
-    accumulators = tuple(
-        a * lax.broadcast_in_dim(rescale, a.shape, [0]) for a in (state.o, state.o_lr) if a is not None
-    )
-    accumulators, m, sums, probs = lax.optimization_barrier((accumulators, m, sums, probs.astype(cfg.dtype)))
-    plgpu.barrier_arrive(barriers.turn)
-    plgpu.barrier_wait(barriers.v_ready.at[slot])
-    plgpu.barrier_wait(barriers.turn)
-
-    def await_next():
-        pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(barriers.k_ready.at[next_slot]))
-
-    values = [smem.v.at[slot]]
-    if cfg.r_v:
-        values.append(smem.low_rank_v.at[slot].transpose((1, 0)))
-    terms = [(acc, ((probs, v),)) for acc, v in zip(accumulators, values, strict=True)]
-    # The small product first: the faster order where it was timed, at r = 16.
-    *o_lr, o = multiply_add(cfg, terms[::-1], meanwhile=await_next)
-    plgpu.barrier_arrive(barriers.v_free.at[slot])
-    return Softmax(o, o_lr[0] if o_lr else None, m, sums)
 
 
 def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory, barriers: Barriers) -> None:
@@ -221,7 +120,7 @@ def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, bar
         @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
         def _expand_keys():
             plgpu.set_max_registers(expanding, action="decrease")
-            expand_keys(cfg, all_steps, smem, barriers)
+            expand_keys(cfg, all_steps, inputs, smem, barriers)
 
 
 def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, blocks: BlockSizes) -> None:
@@ -273,11 +172,15 @@ def prefill(
     if low_rank is not None and lora_b is not None:
         num_adapters = max(b.shape[0] for b in lora_b if b is not None)
         b_v, b_k = (None if b is None else b.reshape(num_adapters, -1, K * H) for b in lora_b)
-        rope = rope_table(-(-page_table.base.shape[1] * p // blocks.block_kv) * blocks.block_kv, rope_inv_freq)
         inputs = inputs._replace(
-            low_rank_v=low_rank.v, low_rank_k=low_rank.k, b_v=b_v, b_k=b_k, rope=rope if r_k else None,
-            low_rank_table=page_table.low_rank, adapter_ids=adapter_ids,
+            low_rank_v=low_rank.v, low_rank_k=low_rank.k, b_v=b_v, b_k=b_k, low_rank_table=page_table.low_rank,
+            adapter_ids=adapter_ids,
         )  # fmt: skip
+        if r_k:
+            turned = jnp.roll(lora_b.k, H // 2, axis=-1).reshape(b_k.shape)
+            num_blocks = -(-page_table.base.shape[1] * p // blocks.block_kv)
+            rope, rope_starts = rope_tables(num_blocks, blocks.block_kv // EXPANDED_KEYS, rope_inv_freq)
+            inputs = inputs._replace(b_k_turned=turned, rope=rope, rope_starts=rope_starts)
     cfg = Config(
         *(T, H, N // K, K, p, r_v, r_k, num_adapters, q.dtype, sm_scale * LOG2_E), blocks=blocks, interpret=interpret
     )
@@ -287,12 +190,19 @@ def prefill(
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
 
 
-def rope_table(num_positions: int, inv_freq) -> Float[Array, "S H"] | None:
-    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
-    if inv_freq is None:
-        return None
-    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inv_freq[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1).astype(jnp.float16)
+def rope_tables(
+    num_blocks: int, parts: int, inv_freq
+) -> tuple[Float[Array, "64 H"], Float[Array, "num_blocks parts 2 H"]]:
+    """`Inputs.rope` and `Inputs.rope_starts`: the same for every layer, so XLA makes them once per step."""
+
+    def cos_and_sin(positions):
+        angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
+        return jnp.cos(angles), jnp.sin(angles)
+
+    within = jnp.concatenate(cos_and_sin(jnp.arange(EXPANDED_KEYS)), axis=1).astype(jnp.float16)
+    cos, sin = cos_and_sin(jnp.arange(num_blocks * parts) * EXPANDED_KEYS)
+    starts = jnp.stack([jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1)], axis=1)
+    return within, starts.reshape(num_blocks, parts, 2, -1)
 
 
 def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, int, int]) -> Outputs:

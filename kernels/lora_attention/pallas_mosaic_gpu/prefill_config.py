@@ -12,7 +12,6 @@ COMPUTE_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 SHARED_MEMORY = 227 * 1024
 EXPANDED_KEYS = 64  # to which low-rank keys are added at a time: rows of one wgmma
-ROPE_SLOTS = 2  # of cosines and sines of so many keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,12 @@ def heuristic(head_dim: int, rank_v: int, rank_k: int) -> BlockSizes:
 
 
 def shared_memory(head_dim: int, rank_v: int, rank_k: int, blocks: BlockSizes) -> int:
-    """Bytes that a program takes: queries, what `Memory` holds of keys and values, and a little for barriers."""
+    """Bytes that a program takes: queries, what `Memory` holds of keys, values and B, and a little for barriers."""
     ranks = padded_rank(rank_v) + padded_rank(rank_k)
     per_key = blocks.num_stages * (2 * head_dim + ranks)
-    rope = ROPE_SLOTS * EXPANDED_KEYS * head_dim if rank_k else 0
-    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + ranks * head_dim + rope) + 4 * 1024
+    lora_b = (ranks + 2 * padded_rank(rank_k)) * head_dim
+    rope = 4 * blocks.num_stages * blocks.block_kv // EXPANDED_KEYS * 2 * head_dim if rank_k else 0
+    return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + lora_b) + rope + 4 * 1024
 
 
 def padded_rank(rank: int) -> int:
@@ -66,7 +66,9 @@ class Inputs(NamedTuple):
     low_rank_table: Any = None  # [B, W]
     low_rank_k: Any = None  # [P_lr, r_k, p]
     b_k: Any = None  # [A, r_k, K H]
-    rope: Any = None  # [W p, H] f16: cosines in the first half of the lanes, sines in the second
+    b_k_turned: Any = None  # the same, halves of the head exchanged
+    rope: Any = None  # [EXPANDED_KEYS, H] f16: cosines of these positions in the first half of the lanes, sines behind
+    rope_starts: Any = None  # [blocks, parts, 2, H] f32: cosines and sines of where parts of EXPANDED_KEYS start
     adapter_ids: Any = None  # [B]
 
 
@@ -85,7 +87,9 @@ class Memory(NamedTuple):
     b_v: Any = None  # [R_v, H]
     low_rank_k: Any = None  # [num_stages, R_k, block_kv]
     b_k: Any = None  # [R_k, H]
-    rope: Any = None  # [ROPE_SLOTS, EXPANDED_KEYS, H]
+    b_k_turned: Any = None  # [R_k, H]
+    b_k_rotated: Any = None  # [R_k, H]
+    rope_starts: Any = None  # [num_stages, block_kv / EXPANDED_KEYS, 2, H] f32
     lse: Any = None  # [2, 64]
 
 
@@ -95,11 +99,10 @@ class Barriers(NamedTuple):
     v_ready: Any  # [num_stages + 1]; the last one: what has landed and must be cleaned before it is ready
     k_free: Any  # [num_stages]
     v_free: Any  # [num_stages]
-    turn: Any  # whose turn at the tensor cores it is
+    turn: Any  # whose turn at the tensor cores it is: one for both warpgroups (prefill_turns), or one each
+    pinned: Any = None  # [2]; nobody else's: see prefill_ahead
     b_ready: Any = None
     k_landed: Any = None  # [num_stages]; K, still without its low-rank part
-    rope_landed: Any = None  # [ROPE_SLOTS]
-    rope_free: Any = None  # [ROPE_SLOTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,18 +154,8 @@ class Config:
         return 32 if self.r_k else 64
 
     @property
-    def rope_parts(self) -> int:
-        """Parts in which the cosines and sines of a block's keys come and go."""
+    def expanded_parts(self) -> int:
         return self.blocks.block_kv // EXPANDED_KEYS
-
-    @property
-    def rope_ahead(self) -> int:
-        """Blocks whose cosines and sines the slots hold."""
-        return ROPE_SLOTS // self.rope_parts
-
-    def rope_slot(self, step, part: int):
-        """Where those of a part of a block lie."""
-        return part if self.rope_parts == ROPE_SLOTS else lax.rem(step, jnp.int32(ROPE_SLOTS))
 
     @property
     def low_rank_v_lanes(self) -> int:
@@ -172,10 +165,10 @@ class Config:
         stages, block_kv = self.blocks.num_stages, self.blocks.block_kv
         R_v, R_k = padded_rank(self.r_v), padded_rank(self.r_k)
 
-        def tiled(*shape, lanes=64, dtype=self.dtype):
+        def tiled(*shape, lanes=64):
             """Tiles of 8 rows, swizzled, as wgmma and the copy engine take it; a wgmma sums over `lanes` at a time."""
             transforms = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-            return plgpu.SMEM(shape, dtype, transforms=transforms)
+            return plgpu.SMEM(shape, self.dtype, transforms=transforms)
 
         memory = Memory(
             q=tiled(COMPUTE_WARPGROUPS, BLOCK_Q, self.H, lanes=self.k_lanes),
@@ -188,28 +181,29 @@ class Config:
             memory = memory._replace(low_rank_v=low_rank, b_v=tiled(R_v, self.H, lanes=16))
         if self.r_k:
             low_rank = tiled(stages, R_k, block_kv, lanes=16)
-            rope = tiled(ROPE_SLOTS, EXPANDED_KEYS, self.H, lanes=self.k_lanes, dtype=jnp.float16)
-            memory = memory._replace(low_rank_k=low_rank, b_k=tiled(R_k, self.H, lanes=16), rope=rope)
+            b_k = tiled(R_k, self.H, lanes=16)
+            memory = memory._replace(
+                low_rank_k=low_rank, b_k=b_k, b_k_turned=b_k, b_k_rotated=b_k,
+                rope_starts=plgpu.SMEM((stages, self.expanded_parts, 2, self.H), jnp.float32),
+            )  # fmt: skip
         return memory
 
     def barriers(self) -> Barriers:
         stages = self.blocks.num_stages
         k_copies = self.copies + self.low_rank_copies(self.r_k)
-        b_copies = (padded_rank(self.r_v) + padded_rank(self.r_k)) // 8
+        b_copies = (padded_rank(self.r_v) + 2 * padded_rank(self.r_k)) // 8
         barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            turn=plgpu.Barrier(num_arrivals=2) if self.r_k else plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
         if not self.r_k:
-            return barriers
-        landed = plgpu.Barrier(num_arrivals=k_copies, num_barriers=stages)
-        rope_landed, rope_free = (plgpu.Barrier(num_barriers=ROPE_SLOTS) for _ in range(2))
-        return barriers._replace(k_landed=landed, rope_landed=rope_landed, rope_free=rope_free)
+            return barriers._replace(pinned=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS))
+        return barriers._replace(k_landed=plgpu.Barrier(num_arrivals=k_copies + 1, num_barriers=stages))
 
 
 class Tile(NamedTuple):

@@ -14,6 +14,9 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     Tile,
     padded_rank,
 )
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import WGMMA, load
+
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED  # of ranks by lanes, as they lie in memory
 
 
 def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
@@ -24,7 +27,9 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         return [locate(cfg, tile, inputs, step * block_kv + i * cfg.slots_per_copy) for i in range(cfg.copies)]
 
     first_pieces = locate_block(jnp.int32(0))  # in front of the first copy: the compiler moves no load past one
-    for pool, rank, target in ((inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k)):
+    for pool, rank, target in (
+        (inputs.b_v, cfg.r_v, smem.b_v), (inputs.b_k, cfg.r_k, smem.b_k), (inputs.b_k_turned, cfg.r_k, smem.b_k_turned),
+    ):  # fmt: skip
         if rank:
             adapter = jnp.where(tile.adapter > 0, tile.adapter, cfg.num_adapters)
             lanes = pl.ds(tile.kv_head * cfg.H, cfg.H)
@@ -41,8 +46,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         copy_base(cfg, inputs, pieces, 0, smem.k.at[slot], k_landed)
         if cfg.r_k:
             copy_low_rank(cfg, inputs.low_rank_k, pieces, cfg.r_k, smem.low_rank_k.at[slot], k_landed)
-            for part in range(cfg.rope_parts):
-                copy_rope(cfg, inputs, step, part, smem, barriers)
+            plgpu.copy_gmem_to_smem(inputs.rope_starts.at[step], smem.rope_starts.at[slot], k_landed)
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(barriers.v_free.at[slot]))
         copy_base(cfg, inputs, pieces, cfg.H, smem.v.at[slot], v_landed)
         if cfg.r_v:
@@ -65,13 +69,6 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
         slot = lax.rem(step, jnp.int32(stages))
         plgpu.barrier_wait(barriers.k_free.at[slot])
         plgpu.barrier_wait(barriers.v_free.at[slot])
-
-    if cfg.r_k:
-
-        @pl.loop(jnp.maximum(steps - cfg.rope_ahead, 0), steps)
-        def _drain_rope(step):
-            for part in range(cfg.rope_parts):
-                plgpu.barrier_wait(barriers.rope_free.at[cfg.rope_slot(step, part)])
 
 
 def locate(cfg: Config, tile: Tile, inputs: Inputs, position):
@@ -101,14 +98,6 @@ def copy_low_rank(cfg: Config, pool, pieces, rank: int, target, barrier) -> None
         lanes = pl.ds(pl.multiple_of(offset, cfg.slots_per_copy), cfg.slots_per_copy)
         part = target.at[:, pl.ds(i * cfg.slots_per_copy, cfg.slots_per_copy)]
         copy_ranks(pool, page, lanes, rank, cfg.ranks_per_copy(rank), part, barrier)
-
-
-def copy_rope(cfg: Config, inputs: Inputs, step, part: int, smem: Memory, barriers: Barriers) -> None:
-    """Copies cosines and sines of some keys of a block to where those before them are done with."""
-    slot = cfg.rope_slot(step, part)
-    positions = pl.ds(step * cfg.blocks.block_kv + part * EXPANDED_KEYS, EXPANDED_KEYS)
-    pl.when(step >= cfg.rope_ahead)(lambda: plgpu.barrier_wait(barriers.rope_free.at[slot]))
-    plgpu.copy_gmem_to_smem(inputs.rope.at[positions], smem.rope.at[slot], barriers.rope_landed.at[slot])
 
 
 def copy_ranks(pool, page, lanes, rank: int, rows: int, target, barrier) -> None:
@@ -145,31 +134,52 @@ def clear_from(cfg: Config, smem: Memory, slot, limit) -> None:
 # The warpgroup that adds low-rank keys.
 
 
-def expand_keys(cfg: Config, steps, smem: Memory, barriers: Barriers) -> None:
+def expand_keys(cfg: Config, steps, inputs: Inputs, smem: Memory, barriers: Barriers) -> None:
     """K += RoPE(L B) for slot after slot, 64 keys at a time.
 
-    One product for all lanes; what is made of it comes in narrow pieces, which the registers hold.
+    Key j of those that start at position s is rotated by s and by j. By s the few rows of B are; by j the product, and
+    its cosines and sines stay in registers: a table of all positions would be read as often as K is.
     """
     half, width = cfg.H // 2, cfg.k_lanes
     lanes = [(pl.ds(lane, width), pl.ds(half + lane, width)) for lane in range(0, half, width)]
+    turns = [[load(inputs.rope.at[:, some], WGMMA, optimized=False) for some in pair] for pair in lanes]
     plgpu.barrier_wait(barriers.b_ready)
 
     @pl.loop(0, steps)
     def _block(step):
         slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
         plgpu.barrier_wait(barriers.k_landed.at[slot])
-        for part in range(cfg.rope_parts):
-            keys, rope_slot = pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS), cfg.rope_slot(step, part)
+        for part in range(cfg.expanded_parts):
+            rotate_b(cfg, smem.rope_starts.at[slot, part], smem)
+            plgpu.commit_smem()
+            keys = pl.ds(part * EXPANDED_KEYS, EXPANDED_KEYS)
             low_rank = smem.low_rank_k.at[slot, :, keys].transpose((1, 0))  # [64, R_k]
-            products = shared_products(low_rank, [smem.b_k.at[:, some] for pair in lanes for some in pair])
-            plgpu.barrier_wait(barriers.rope_landed.at[rope_slot])
-            for (first, second), x, y in zip(lanes, products[::2], products[1::2], strict=True):
-                cos, sin = (read(smem.rope.at[rope_slot, :, some]) for some in (first, second))
+            for (first, second), turn in zip(lanes, turns, strict=True):
+                x, y = shared_products(low_rank, [smem.b_k_rotated.at[:, some] for some in (first, second)])
+                cos, sin = (numbers.astype(jnp.float32) for numbers in turn)
                 add(smem.k.at[slot, keys, first], x * cos - y * sin)
                 add(smem.k.at[slot, keys, second], y * cos + x * sin)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers.rope_free.at[rope_slot])
         plgpu.barrier_arrive(barriers.k_ready.at[slot])
+
+
+def rotate_b(cfg: Config, rope, smem: Memory) -> None:
+    """RoPE of B's rows, at the position of which `rope` [2, H] has cosines and sines."""
+    rows = 64
+    for lane in range(0, cfg.H, rows):
+        lanes = pl.ds(lane, rows)
+        cos, sin = (load(rope.at[i, lanes], TRANSPOSED.reduce(1), optimized=False) for i in range(2))
+        for rank in range(0, padded_rank(cfg.r_k), 16):
+            ranks = pl.ds(rank, 16)
+
+            def of(ref, ranks=ranks, lanes=lanes):
+                return ref.at[ranks, lanes].transpose((1, 0))
+
+            b, turned = (
+                load(of(ref), TRANSPOSED, optimized=False).astype(jnp.float32) for ref in (smem.b_k, smem.b_k_turned)
+            )
+            rotated = b * lax.broadcast_in_dim(cos, b.shape, [0]) + turned * lax.broadcast_in_dim(sin, b.shape, [0])
+            of(smem.b_k_rotated)[...] = rotated.astype(cfg.dtype)
 
 
 def shared_products(a, others):
@@ -183,9 +193,6 @@ def shared_products(a, others):
     return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for b in others))
 
 
-def read(ref):
-    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
 def add(ref, x) -> None:
-    ref[...] = (read(ref) + x).astype(ref.dtype)
+    there = plgpu.layout_cast(ref[...], WGMMA).astype(jnp.float32)
+    ref[...] = (there + x).astype(ref.dtype)

@@ -1,0 +1,90 @@
+"""The online softmax of a prefill program's warpgroup: 64 queries, block of keys after block of keys."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
+    BLOCK_Q,
+    Config,
+    Memory,
+    padded_rank,
+)
+
+
+class Softmax(NamedTuple):
+    """An online softmax over base 2, f32 in registers: sums under the weights exp2(score - m), and the weights' sum."""
+
+    o: Any  # [64, H]
+    o_lr: Any  # [64, R_v] or None
+    m: Any  # [64]
+    l: Any  # [64]  # noqa: E741
+
+
+def empty(cfg: Config) -> Softmax:
+    row, tile = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+
+    def full(fill, shape, layout):
+        return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
+
+    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r_v)), tile) if cfg.r_v else None
+    return Softmax(full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row))
+
+
+def multiply_add(cfg: Config, terms, meanwhile: Callable[[], None] | None = None) -> tuple:
+    """acc + a1 b1 + a2 b2 .. for every (acc, ((a1, b1), (a2, b2) ..)); a in registers, b in shared memory."""
+    if cfg.interpret:  # the interpreter multiplies only what lies in shared memory
+        if meanwhile is not None:
+            meanwhile()
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        sums = tuple(acc + sum(dot(a, b[...]) for a, b in products) for acc, products in terms)
+        plgpu.commit_smem()  # as a wgmma's, these reads are over before the next copy
+        return sums
+
+    def issue(accumulators):
+        for acc, (_, products) in zip(accumulators, terms, strict=True):
+            for a, b in products:
+                plgpu.wgmma(acc, a, b)
+        if meanwhile is not None:
+            meanwhile()
+
+    return pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _ in terms))
+
+
+def weigh(cfg: Config, first, step, m, l, scores, *, masked: bool):  # noqa: E741
+    """The new m and l, the factor of all sums under the old m, and the block's weights, in f32."""
+    if masked:
+        query, key = (
+            plgpu.broadcasted_iota(jnp.int32, scores.shape, dim, layout=plgpu.Layout.WGMMA) for dim in range(2)
+        )
+        scores = jnp.where(key + (step * cfg.blocks.block_kv - first) <= query, scores, -jnp.inf)
+    higher = jnp.maximum(m, scores.max(axis=1) * cfg.exp2_scale)
+    rescale = jnp.exp2(m - higher)
+    probs = jnp.exp2(scores * cfg.exp2_scale - lax.broadcast_in_dim(higher, scores.shape, [0]))
+    return higher, l * rescale + probs.sum(axis=1), rescale, probs
+
+
+def rescaled(state: Softmax, m, l, rescale) -> Softmax:  # noqa: E741
+    o, o_lr = (None if a is None else a * lax.broadcast_in_dim(rescale, a.shape, [0]) for a in (state.o, state.o_lr))
+    return Softmax(o, o_lr, m, l)
+
+
+def values_of(cfg: Config, step, smem: Memory) -> list:
+    """A block's, for o_lr and o: the small product first, the faster order where it was timed, at r = 16."""
+    slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+    return [*([smem.low_rank_v.at[slot].transpose((1, 0))] if cfg.r_v else []), smem.v.at[slot]]
+
+
+def add_values(
+    cfg: Config, step, state: Softmax, probs, smem: Memory, meanwhile: Callable[[], None] | None = None
+) -> Softmax:
+    """The state with the values of a block, which have been waited for."""
+    sums = [state.o_lr, state.o] if cfg.r_v else [state.o]
+    terms = [(acc, ((probs, v),)) for acc, v in zip(sums, values_of(cfg, step, smem), strict=True)]
+    *o_lr, o = multiply_add(cfg, terms, meanwhile)
+    return state._replace(o=o, o_lr=o_lr[0] if o_lr else None)

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, NamedSharding, SingleDeviceSharding
 
 from lragent_jax.flat_tree import FlatTree
 from lragent_jax.models.tensor_parallel import WHOLE, is_sharded, num_shards
+from lragent_jax.packed_tree import PackedTree
 
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # Left alone, the compiler gives what a loop reads tiles of 16 x 128, where arguments have 8 x 128: a copy of all
@@ -45,10 +46,11 @@ drawing a token and taking the likeliest, are part of them."""
 class DeviceJit:
     """`jax.jit(function, **jit_options)`, compiled with the options of the device that it is compiled for.
 
-    Where a mesh is current, arguments from the host or from one device are put on all of its devices first: a program
-    is not compiled once more when it is given its own results, and no process is left out. `resident` names positional
-    arguments, large trees, that lie there already. Where a positional argument is a `FlatTree`, the function gets its
-    tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many times in a call, as a
+    Arrays of the host travel together, as one (see `PackedTree`): those of positional arguments, but for arguments that
+    are static or `resident`, which names large trees that lie on the devices already. Where a mesh is current,
+    arguments from the host or from one device are put on all of its devices first: a program is not compiled once more
+    when it is given its own results, and no process is left out. Where a positional argument is a `FlatTree`, the
+    function gets its tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many times in a call, as a
     step of decoding is; elsewhere, bringing it up to date costs more than it spares.
 
     No function that is itself jitted may call it: JAX takes compiler options at the top alone.
@@ -56,7 +58,8 @@ class DeviceJit:
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):
         functools.update_wrapper(self, function)
-        self._is_resident = [name in resident for name in inspect.signature(function).parameters]
+        stay = {*resident, *_names(jit_options.get("static_argnames")), *_names(jit_options.get("donate_argnames"))}
+        self._stays = [name in stay for name in inspect.signature(function).parameters]
         self._function, self._jit_options = _given_trees(function), jit_options
         self._cuda_graphs = cuda_graphs
         self._current: tuple[Mapping[str, str], dict[tuple[AbstractDevice, bool], Any]] = ({}, {})
@@ -95,24 +98,33 @@ class DeviceJit:
         return jits[key]
 
     def __call__(self, *args, **kwargs) -> Any:
-        return self._jitted()(*self._moved(args, _on_all_devices), **kwargs)
+        return self._jitted()(*self._sent(args, _on_all_devices), **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
         """The program that a call of such arguments runs; shapes and dtypes are enough, and nothing is moved."""
-        return self._jitted().lower(*self._moved(args, _as_on_all_devices), **kwargs)
+        return self._jitted().lower(*self._sent(args, _as_on_all_devices), **kwargs)
 
-    def _moved(self, args: Sequence[Any], move: Callable[[Any], Any]) -> Sequence[Any]:
-        if not is_sharded():
-            return args
-        return [
-            arg if is_resident else move(arg) for arg, is_resident in zip(args, self._is_resident, strict=False)
-        ]  # fmt: skip
+    def _sent(self, args: Sequence[Any], move: Callable[[Any], Any]) -> Sequence[Any]:
+        """The arguments as the program takes them: what comes from the host is in the place of the first that moves."""
+        sent = {i: arg for i, arg in enumerate(args) if not self._stays[i]}
+        packed = PackedTree(sent)
+        if packed.num_packed > 1:
+            sent = dict.fromkeys(sent) | {next(iter(sent)): packed}
+        if is_sharded():
+            sent = {i: move(arg) for i, arg in sent.items()}
+        return [sent.get(i, arg) for i, arg in enumerate(args)]
+
+
+def _names(names: str | Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or ()
 
 
 def _given_trees(function: Callable) -> Callable:
     @functools.wraps(function)
     def with_trees(*args, **kwargs):
-        return function(*(arg.tree if isinstance(arg, FlatTree) else arg for arg in args), **kwargs)
+        sent = next((arg.tree for arg in args if isinstance(arg, PackedTree)), {})
+        there = (arg.tree if isinstance(arg, FlatTree) else arg for arg in args)
+        return function(*(sent.get(i, arg) for i, arg in enumerate(there)), **kwargs)
 
     return with_trees
 

@@ -61,7 +61,7 @@ class DeviceWork:
         self.dispatcher = Dispatcher()
         self._left: list[InFlight] = []  # of the step before
         self._given: list[InFlight] = []  # by this step
-        self._logits: jax.Array | None = None  # of this step's last prefill
+        self._logits: jax.Array | None = None  # of this step's last prefill, unless somebody begins to decode
         self._decode_key: tuple = ()
         self._decode_batch: DecodeBatch | None = None
         self._decode_size = 1
@@ -75,10 +75,11 @@ class DeviceWork:
         """Runs the next chunk of each. Returns those for whom it was the last: they begin to decode."""
         rows = [request.row for request in requests if request.row is not None]
         chunks = [row.chunks[request.next_chunk] for request, row in zip(requests, rows, strict=True)]
-        self._logits, _ = logits, _ = self._executor.run_chunks(rows, chunks)
+        logits, _ = self._executor.run_chunks(rows, chunks)
         for request in requests:
             request.next_chunk += 1
         ended = [request for request in requests if not request.needs_prefill]
+        self._logits = None if ended else logits
         if ended:
             tokens = self._executor.begin(
                 logits,

@@ -289,7 +289,7 @@ class Executor:
         batch = logits.shape[0]
         tokens, self.slots = generation.begin(
             self.slots, logits, sampling, self._padded_slots(slot_ids, batch), _padded(kv_lens, batch),
-            _padded(index, batch),
+            _padded(index, batch), draws=bool(np.any(sampling.temperature > 0)),
         )  # fmt: skip
         return tokens
 

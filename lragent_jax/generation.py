@@ -115,8 +115,8 @@ def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Decode
     return _first_token(logits, sampling, jnp.zeros(logits.shape[0], jnp.int32))
 
 
-def _first_token(logits, sampling: SamplingArrays, index) -> DecodeState:
-    tokens = sample(logits, sampling, index)
+def _first_token(logits, sampling: SamplingArrays, index, draws: bool | None = None) -> DecodeState:
+    tokens = sample(logits, sampling, index, draws)
     state = DecodeState(
         last_tokens=tokens,
         num_generated=index + 1,
@@ -125,7 +125,7 @@ def _first_token(logits, sampling: SamplingArrays, index) -> DecodeState:
     return jax.tree.map(whole, state)
 
 
-@DeviceJit
+@functools.partial(DeviceJit, static_argnames=("draws",))
 def begin(
     slots: Slots,
     logits: Float[Array, "B V"],
@@ -133,12 +133,14 @@ def begin(
     slot_ids: Int[HostOrDevice, " B"],
     kv_lens: Int[HostOrDevice, " B"],
     index: Int[HostOrDevice, " B"],
+    *,
+    draws: bool | None = None,
 ) -> tuple[Int[Array, " B"], Slots]:
     """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's.
 
-    `index`: how many tokens a row generated before it was interrupted.
+    `index`: how many tokens a row generated before it was interrupted. `draws`: whether a row samples; see `sample`.
     """
-    state = _first_token(logits, sampling, jnp.asarray(index))
+    state = _first_token(logits, sampling, jnp.asarray(index), draws)
     return whole(state.last_tokens), _put(slots, slot_ids, state, kv_lens)
 
 

@@ -60,8 +60,13 @@ def stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The next token of each row; `token_index` counts the tokens it has generated. Sorts only if a row samples."""
+def sample(
+    logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: Int[Array, " B"], draws: bool | None = None
+) -> Int[Array, " B"]:
+    """The next token of each row; `token_index` counts the tokens it has generated. Sorts only if a row samples.
+
+    `draws`: whether one does, where the host knows. Without, the device decides, for which a GPU's host waits.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Int[Array, " B"]:
@@ -70,6 +75,8 @@ def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, token_index: I
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
+    if draws is not None:
+        return draw() if draws else greedy
     return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
 
 

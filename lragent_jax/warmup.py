@@ -121,7 +121,8 @@ class Warmup:
         for shape in self.decodes:
             yield f"decode of {shape.batch} rows", lambda shape=shape: self._lower_decode(shape)
         for batch in sorted({prefill.shape.batch for prefill in self.prefills}):
-            yield f"sampling of {batch} rows", lambda batch=batch: self._lower_begin(batch)
+            for draws, what in ((True, "sampling"), (False, "the likeliest tokens")):
+                yield f"{what} of {batch} rows", lambda batch=batch, draws=draws: self._lower_begin(batch, draws)
         for prefill in self.prefills:
             yield str(prefill), lambda prefill=prefill: self._lower_prefill(prefill)
         for num_tokens in self._executor.prefill_buckets if self._scoring else ():
@@ -137,10 +138,11 @@ class Warmup:
         args, options = self._executor.decode_arguments(blank, state, kv_lens, 1)
         return generation.decode.lower(*args, **options)
 
-    def _lower_begin(self, batch: int) -> jax.stages.Lowered:
+    def _lower_begin(self, batch: int, draws: bool) -> jax.stages.Lowered:
         logits = jax.ShapeDtypeStruct((batch, self._executor.cache.config.vocab_size), np.float32)
         zeros = np.zeros(batch, np.int32)
-        return generation.begin.lower(self._executor.slots, logits, _blank_sampling(batch), zeros, zeros, zeros)
+        sampling = _blank_sampling(batch)
+        return generation.begin.lower(self._executor.slots, logits, sampling, zeros, zeros, zeros, draws=draws)
 
     def _lower_unembed(self, num_tokens: int) -> jax.stages.Lowered:
         executor = self._executor

@@ -46,9 +46,10 @@ def test_every_program_is_compiled_once_in_threads_and_none_where_it_runs(compil
     engine = tiny_engine("none", num_pages=73, prefill_buckets=(41,))  # passes that no other test has
     times = engine.warmup()
     names = ("prefill", "decode", "begin", "unembed")
-    assert times.num_programs == len(names)
+    assert times.num_programs == len(names) + 1, "a first token is drawn, or it is the likeliest"
     assert [len(compilations[name]) for name in names[:2]] == [1, 1]
-    assert all(len(compilations[name]) <= 1 for name in names[2:]), "another test may have had the same"
+    assert len(compilations["begin"]) <= 2, "another test may have had the same"
+    assert len(compilations["unembed"]) <= 1
     assert all(thread.startswith("compile") for name in names for thread in compilations[name])
     assert min(times[1:]) >= 0
     compilations.clear()

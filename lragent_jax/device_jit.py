@@ -50,8 +50,8 @@ class DeviceJit:
     are static or `resident`, which names large trees that lie on the devices already. Where a mesh is current,
     arguments from the host or from one device are put on all of its devices first: a program is not compiled once more
     when it is given its own results, and no process is left out. Where a positional argument is a `FlatTree`, the
-    function gets its tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many times in a call, as a
-    step of decoding is; elsewhere, bringing it up to date costs more than it spares.
+    function gets its tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many
+    times in a call, as a step of decoding is; elsewhere, bringing it up to date costs more than it spares.
 
     No function that is itself jitted may call it: JAX takes compiler options at the top alone.
     """

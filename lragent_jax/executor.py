@@ -14,9 +14,9 @@ from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, Loaded
 from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.flat_tree import FlatTree
-from lragent_jax.generation import NEVER, DecodeState, Slots
+from lragent_jax.generation import NEVER, Slots
 from lragent_jax.kernels.lora_attention.dispatch import default_platform, platforms_of
-from lragent_jax.models.cache_view import HostOrDevice, PageTable, RecomputedPages
+from lragent_jax.models.cache_view import PageTable, RecomputedPages
 from lragent_jax.models.errors import InputError, LRAgentError, OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
@@ -305,30 +305,24 @@ class Executor:
         )
 
     def decode_table(self, rows: Sequence[Row], batch: int | None = None) -> PageTable:
-        """The table that decoding starts from: everything is cached but the token sampled last."""
+        """The table that decoding reads and writes by; how long rows are, their slots know."""
         table = self._table(rows, batch or batch_size(len(rows)))
         for b, row in enumerate(rows):
-            table.kv_lens[b] = len(row.trajectory)
             _set_write_from(table, b, row, [0] * len(row.written))
         return table
 
     def decode(self, batch: DecodeBatch, num_steps: int) -> jax.Array:
         """Up to `num_steps` (at most `decode_block`) tokens per row: [B, decode_block], -1 behind a row's end."""
-        state, kv_lens = generation.take(self.slots, batch.slot_ids)
-        args, options = self.decode_arguments(batch, state, kv_lens, num_steps)
+        args, options = self.decode_arguments(batch, num_steps)
         with self.said_of_implementation():
-            out, state, table, self.cache.arrays = generation.decode(*args, **options)
-        self.slots = generation.put(self.slots, batch.slot_ids, state, table.kv_lens)
+            out, self.slots, self.cache.arrays = generation.decode(*args, **options)
         return out
 
-    def decode_arguments(
-        self, batch: DecodeBatch, state: DecodeState, kv_lens: HostOrDevice, num_steps: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Those of `generation.decode`, for rows that stand so in their slots."""
+    def decode_arguments(self, batch: DecodeBatch, num_steps: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of `generation.decode`."""
         args = (
-            self.graphdef, self._flat_params, self.registry.flat_bank, self.cache.arrays, state, batch.sampling,
-            batch.adapter_ids, dataclasses.replace(batch.table, kv_lens=kv_lens),
-            np.int32(num_steps),
+            self.graphdef, self._flat_params, self.registry.flat_bank, self.cache.arrays, self.slots, batch.slot_ids,
+            batch.sampling, batch.adapter_ids, batch.table, np.int32(num_steps),
         )  # fmt: skip
         return args, {
             "block": self.decode_block,

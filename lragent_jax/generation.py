@@ -36,15 +36,6 @@ class Cache:
     low_rank: LowRankCache
 
 
-@pytree
-class DecodeState:
-    """Where each row stands: the token sampled last (not run yet), how many it has generated, whether it is done."""
-
-    last_tokens: Int[Array, " B"]
-    num_generated: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-
-
 def exact_matmuls(params: Params):
     """f32 weights mean f32 products; GPUs and TPUs would round their inputs to tf32 or bf16."""
     if jax.tree.leaves(params)[0].dtype == jnp.float32:
@@ -95,34 +86,35 @@ def unembed(graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "B T D"
 
 @pytree
 class Slots:
-    """Where every request of the engine stands, M of them at most; a batch takes its rows out and puts them back.
+    """Where rows stand: of every request of the engine, M at most, or of those of a batch.
 
-    So requests join and leave a running batch on the device, and the host sees their tokens when it likes.
+    A program takes the rows of its batch out and puts them back: so requests join and leave a running batch on the
+    device, and the host sees their tokens when it likes.
     """
 
-    state: DecodeState  # of M rows
-    kv_lens: Int[Array, " M"]  # tokens in the cache
+    last_tokens: Int[Array, " M"]  # sampled last, not run yet
+    num_generated: Int[Array, " M"]
+    finished: Bool[Array, " M"]
+    kv_lens: Int[Array, " M"]  # tokens in the cache, without the one sampled last
 
     @classmethod
     def empty(cls, num_slots: int) -> "Slots":
         zeros = jnp.zeros(num_slots, jnp.int32)
-        return cls(state=DecodeState(zeros, zeros, jnp.ones(num_slots, bool)), kv_lens=zeros)
+        return cls(last_tokens=zeros, num_generated=zeros, finished=jnp.ones(num_slots, bool), kv_lens=zeros)
 
+    def rows(self, slot_ids: Int[HostOrDevice, " B"]) -> "Slots":
+        """Those of a batch; in a slot of M stands a row that has nothing to do."""
 
-@DeviceJit
-def first_token(logits: Float[Array, "B V"], sampling: SamplingArrays) -> DecodeState:
-    """Samples what follows a prefill. Rows that may generate nothing more are finished from the start."""
-    return _first_token(logits, sampling, jnp.zeros(logits.shape[0], jnp.int32))
+        def at(values, fill):
+            return whole(values.at[slot_ids].get(mode="fill", fill_value=fill))
 
+        return Slots(
+            at(self.last_tokens, 0), at(self.num_generated, 0), at(self.finished, True), at(self.kv_lens, 0)
+        )  # fmt: skip
 
-def _first_token(logits, sampling: SamplingArrays, index, draws: bool | None = None) -> DecodeState:
-    tokens = sample(logits, sampling, index, draws)
-    state = DecodeState(
-        last_tokens=tokens,
-        num_generated=index + 1,
-        finished=is_stop(tokens, sampling) | (sampling.max_new_tokens <= index + 1),
-    )
-    return jax.tree.map(whole, state)
+    def with_rows(self, slot_ids: Int[HostOrDevice, " B"], rows: "Slots") -> "Slots":
+        """The same with those of a batch put back; a slot of M is nobody's."""
+        return jax.tree.map(lambda old, new: whole(old.at[slot_ids].set(new, mode="drop")), self, rows)
 
 
 @functools.partial(DeviceJit, static_argnames=("draws",))
@@ -138,35 +130,14 @@ def begin(
 ) -> tuple[Int[Array, " B"], Slots]:
     """The first tokens of rows whose prefill is done, which go to their slots; a slot of M is nobody's.
 
-    `index`: how many tokens a row generated before it was interrupted. `draws`: whether a row samples; see `sample`.
+    `index`: how many tokens a row generated before it was interrupted. One that may generate nothing more is finished
+    from the start. `draws`: whether a row samples; see `sample`.
     """
-    state = _first_token(logits, sampling, jnp.asarray(index), draws)
-    return whole(state.last_tokens), _put(slots, slot_ids, state, kv_lens)
-
-
-@DeviceJit
-def take(slots: Slots, slot_ids: Int[HostOrDevice, " B"]) -> tuple[DecodeState, Int[Array, " B"]]:
-    """The rows of a batch out of their slots, and their lengths; a slot of M has nothing to do."""
-
-    def rows(values, fill):
-        return values.at[slot_ids].get(mode="fill", fill_value=fill)
-
-    state = slots.state
-    taken = DecodeState(rows(state.last_tokens, 0), rows(state.num_generated, 0), rows(state.finished, True))
-    return jax.tree.map(whole, (taken, rows(slots.kv_lens, 0)))
-
-
-@DeviceJit
-def put(slots: Slots, slot_ids: Int[HostOrDevice, " B"], state: DecodeState, kv_lens: Int[HostOrDevice, " B"]) -> Slots:
-    """The rows of a batch back into their slots."""
-    return _put(slots, slot_ids, state, kv_lens)
-
-
-def _put(slots: Slots, slot_ids, state: DecodeState, kv_lens) -> Slots:
-    def rows(old, new):
-        return whole(old.at[slot_ids].set(new, mode="drop"))
-
-    return Slots(state=jax.tree.map(rows, slots.state, state), kv_lens=rows(slots.kv_lens, kv_lens))
+    index = jnp.asarray(index)
+    tokens = whole(sample(logits, sampling, index, draws))
+    finished = is_stop(tokens, sampling) | (sampling.max_new_tokens <= index + 1)
+    rows = Slots(last_tokens=tokens, num_generated=index + 1, finished=finished, kv_lens=jnp.asarray(kv_lens))
+    return tokens, slots.with_rows(slot_ids, rows)
 
 
 @functools.partial(
@@ -181,7 +152,8 @@ def decode(
     params: Params,
     bank: AdapterBank,
     cache: Cache,
-    state: DecodeState,
+    slots: Slots,
+    slot_ids: Int[Array, " B"],
     sampling: SamplingArrays,
     adapter_ids: Int[Array, " B"],
     table: PageTable,
@@ -190,49 +162,48 @@ def decode(
     block: int,
     write_without_adapter: bool = False,
     implementation: str | None = None,
-) -> tuple[Int[Array, "B block"], DecodeState, PageTable, Cache]:
+) -> tuple[Int[Array, "B block"], Slots, Cache]:
     """Up to `num_steps` (at most `block`) tokens per row without the host: run, sample, compare with the stop ids.
 
-    `table.kv_lens` counts the tokens in the cache, without the one sampled last. Returns the new tokens (-1 where a
-    row was finished), a stop id included as the row's last, and everything the next call goes on from.
+    The rows go on from their slots; the lengths and query positions of `table` are not looked at. Returns the new
+    tokens (-1 where a row was finished), a stop id included as the row's last, and what the next call goes on from.
 
     `write_without_adapter`: a second row per row runs the same tokens without adapter and writes the cache; the first
     only reads, at its own position too.
     """
-    batch = state.last_tokens.shape[0]
+    batch = slot_ids.shape[0]
     if write_without_adapter:
         adapter_ids = jnp.concatenate([adapter_ids, jnp.zeros_like(adapter_ids)])
 
     def step(carry):
-        i, out, state, kv_lens, cache = carry
-        active = ~state.finished
-        new_lens = jnp.where(active, kv_lens + 1, kv_lens)
-        here = dataclasses.replace(table, q_starts=kv_lens, kv_lens=new_lens)
-        inputs = state.last_tokens
+        i, out, rows, cache = carry
+        active = ~rows.finished
+        new_lens = jnp.where(active, rows.kv_lens + 1, rows.kv_lens)
+        here = dataclasses.replace(table, q_starts=rows.kv_lens, kv_lens=new_lens)
+        inputs = rows.last_tokens
         if write_without_adapter:
             inputs, here = jnp.concatenate([inputs, inputs]), _readers_and_writers(here)
         hidden, base, low_rank = model(
             inputs[:, None], adapter_ids, here, bank, cache.base, cache.low_rank, implementation=implementation
         )
-        tokens = sample(model.logits(hidden[:batch, 0]), sampling, state.num_generated)
-        tokens = jnp.where(active, tokens, state.last_tokens)
-        num_generated = state.num_generated + active
-        finished = state.finished | is_stop(tokens, sampling) | (num_generated >= sampling.max_new_tokens)
+        tokens = sample(model.logits(hidden[:batch, 0]), sampling, rows.num_generated)
+        tokens = jnp.where(active, tokens, rows.last_tokens)
+        num_generated = rows.num_generated + active
+        finished = rows.finished | is_stop(tokens, sampling) | (num_generated >= sampling.max_new_tokens)
         out = out.at[:, i].set(jnp.where(active, tokens, -1))
-        state = DecodeState(last_tokens=tokens, num_generated=num_generated, finished=finished)
-        return i + 1, out, state, new_lens, Cache(base=base, low_rank=low_rank)
+        rows = Slots(last_tokens=tokens, num_generated=num_generated, finished=finished, kv_lens=new_lens)
+        return i + 1, out, rows, Cache(base=base, low_rank=low_rank)
 
     def unfinished(carry):
-        i, _, state, _, _ = carry
-        return (i < num_steps) & ~jnp.all(state.finished)
+        i, _, rows, _ = carry
+        return (i < num_steps) & ~jnp.all(rows.finished)
 
     with exact_matmuls(params):
         model: Llama = nnx.merge(graphdef, params)
         out = jnp.full((batch, block), -1, jnp.int32)
-        carry = (jnp.int32(0), out, state, table.kv_lens, cache)
-        _, *for_the_host, cache = jax.lax.while_loop(unfinished, step, carry)
-    out, state, kv_lens = jax.tree.map(whole, for_the_host)
-    return out, state, dataclasses.replace(table, kv_lens=kv_lens), cache
+        carry = (jnp.int32(0), out, slots.rows(slot_ids), cache)
+        _, out, rows, cache = jax.lax.while_loop(unfinished, step, carry)
+    return whole(out), slots.with_rows(slot_ids, rows), cache
 
 
 def _readers_and_writers(table: PageTable) -> PageTable:

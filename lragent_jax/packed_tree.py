@@ -4,10 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
 
 _ALIGNMENT = 64
 """Words. A compiler hands kernels what is cut out as it lies there, and those of Mosaic GPU take no other address."""

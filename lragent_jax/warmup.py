@@ -133,9 +133,7 @@ class Warmup:
         return generation.prefill.lower(*args, **options)
 
     def _lower_decode(self, shape: Shape) -> jax.stages.Lowered:
-        blank = self._blank_decode(shape)
-        state, kv_lens = generation.take(self._executor.slots, blank.slot_ids)
-        args, options = self._executor.decode_arguments(blank, state, kv_lens, 1)
+        args, options = self._executor.decode_arguments(self._blank_decode(shape), 1)
         return generation.decode.lower(*args, **options)
 
     def _lower_begin(self, batch: int, draws: bool) -> jax.stages.Lowered:

@@ -12,7 +12,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from lragent_jax.generation import Cache, decode, first_token, prefill
+from lragent_jax.generation import Cache, Slots, begin, decode, prefill
 from lragent_jax.models.adapter_bank import CACHED_TARGETS
 from lragent_jax.models.adapter_checkpoint import read_adapter
 from lragent_jax.models.bank_builder import bank_ranks, build_bank
@@ -85,13 +85,14 @@ def main() -> None:
     started = time.perf_counter()
     tokens = np.array([ids], np.int32)
     logits, _, cache = prefill(graphdef, params, bank, cache, tokens, adapter_ids, table)
-    state = first_token(logits, sampling)
-    generated = [int(state.last_tokens[0])]
+    slot_ids, zeros = np.zeros(1, np.int32), np.zeros(1, np.int32)  # the row's slot is the first of one
+    first, slots = begin(Slots.empty(1), logits, sampling, slot_ids, table.kv_lens, zeros)
+    generated = [int(first[0])]
 
     # Then token after token, DECODE_BLOCK of them on the device before the host looks.
-    while not state.finished[0]:
-        block, state, table, cache = decode(
-            graphdef, params, bank, cache, state, sampling, adapter_ids, table, np.int32(DECODE_BLOCK),
+    while not slots.finished[0]:
+        block, slots, cache = decode(
+            graphdef, params, bank, cache, slots, slot_ids, sampling, adapter_ids, table, np.int32(DECODE_BLOCK),
             block=DECODE_BLOCK,
         )  # fmt: skip
         generated += [int(token) for token in block[0] if token >= 0]

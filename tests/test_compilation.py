@@ -50,8 +50,7 @@ def test_no_program_copies_a_page_pool(mode):
     table = executor.blank_table(1, executor.widths(1)[0], executor.low_rank_table_counts()[0])
     prefill, of_prefill = executor.prefill_arguments(np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True)
     batch = executor.decode_batch([], [], sampling_arrays([], [], (), 1), 1)
-    state, kv_lens = generation.take(executor.slots, batch.slot_ids)
-    decode, of_decode = executor.decode_arguments(batch, state, kv_lens, 4)
+    decode, of_decode = executor.decode_arguments(batch, 4)
     pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}
     programs = {
         "prefill": generation.prefill.lower(*prefill, **of_prefill),

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lragent_jax import generation
-from lragent_jax.generation import Cache, DecodeState
+from lragent_jax.generation import Cache, Slots
 from lragent_jax.kernels import lora_attention as attention
 from lragent_jax.kernels.lora_attention import LoraB, LowRank
 from lragent_jax.models.adapter_bank import CACHED_TARGETS, AdapterBank, LoraPair
@@ -152,7 +152,7 @@ class Workload:
         if program == "prefill":
             return (*shared, self.ints(self.batch, self.tokens), ids, table)
         sampling = self.everywhere(sampling_arrays([], [], (), self.batch))
-        return (*shared, self.state(), sampling, ids, table, self.ints())
+        return (*shared, self.slots(), ids, sampling, ids, table, self.ints())
 
     def lower(self, program: str) -> jax.stages.Lowered:
         """`program` of the batch, ready to be compiled; its caches are donated."""
@@ -162,12 +162,8 @@ class Workload:
                 return generation.prefill.lower(*args, implementation=self.implementation)
             return generation.decode.lower(*args, block=32, implementation=self.implementation)
 
-    def state(self) -> DecodeState:
-        def start() -> DecodeState:
-            counts = jnp.zeros(self.batch, jnp.int32)
-            return DecodeState(counts, counts, jnp.zeros(self.batch, bool))
-
-        return self.everywhere(jax.eval_shape(start))
+    def slots(self) -> Slots:
+        return self.everywhere(jax.eval_shape(lambda: Slots.empty(self.batch)))
 
 
 def place(tree, shardings):

@@ -12,7 +12,7 @@ from attention_contract import BY_NAME, AttentionContract, Case, arguments, chec
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode, merge
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode, merge, stream_shapes
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import PRODUCT_WIDTH, Shapes
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
@@ -112,6 +112,11 @@ def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, la
     sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=lanes * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
     monkeypatch.setattr(merge, "BATCH", 1)
+    if compute == 1:  # as for many rows: of them, and of their partial results, less is asked for ahead
+        monkeypatch.setattr(stream_shapes, "MOST_ASKED_FOR", 0)
+        monkeypatch.setattr(merge, "BATCH", 16)
+        monkeypatch.setattr(merge, "ONE_WAVE", 0)
+        monkeypatch.setattr(merge, "FEW", 1)
     jax.clear_caches()
     args, keywords = arguments(make_inputs(case))
     rows = PlanSizes(min(64 // case.G, len(case.rows) * case.T), max(1, 64 // p), sizes.programs, case.K)

@@ -16,6 +16,8 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import 
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import LANES
 
 BATCH = 16  # records under way at a time
+FEW = 4  # the same where there are more programs than run at once
+ONE_WAVE = 512  # programs
 LN_2 = 0.6931471805599453
 
 
@@ -68,8 +70,14 @@ def add(state, records: Records, num_parts, first):
     return total(records.o, o), total(records.aux, aux) if records.aux else None, m_new, total(records.l, sums)
 
 
-def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_lane: int, return_lse: bool):
-    """One row's head. It takes as long as memory takes to answer, so all is asked for before anything is waited for."""
+def merge_kernel(
+    *refs, T: int, G: int, r: int, num_adapters: int | None, aux_lane: int, most_at_once: int, return_lse: bool
+):
+    """One row's head. It takes as long as memory takes to answer, so all is asked for before anything is waited for.
+
+    Where programs take turns, others hide that: then it takes as long as reading does, and `most_at_once` are few.
+    Rows that many share the chip with have few partial results.
+    """
     *refs, aux_smem, asked_for = refs
     num_parts, partial = refs.pop(0), refs.pop(0)
     ids = refs.pop(0) if num_adapters else None
@@ -79,7 +87,7 @@ def merge_kernel(*refs, T: int, G: int, r: int, num_adapters: int | None, aux_la
     row, n = lax.axis_index("row"), lax.axis_index("n")
     k, g = n // G, n % G
     of_head = partial.at[row, :, k, g]
-    at_once = min(BATCH, of_head.shape[0])
+    at_once = min(most_at_once, of_head.shape[0])
     adapter, parts = None if ids is None else ids[row // T], num_parts[row]
     records = fetch(of_head, 0, at_once, r, aux_lane)
     pin(asked_for)
@@ -144,6 +152,7 @@ def merge(
         r=r,
         num_adapters=num_adapters,
         aux_lane=aux_lane,
+        most_at_once=BATCH if M * K * G <= ONE_WAVE else FEW,
         return_lse=return_lse,
     )
     body.__name__ = f"lora_decode_merge_r{r}"

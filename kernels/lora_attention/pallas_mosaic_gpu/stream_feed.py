@@ -50,7 +50,7 @@ class Asked(NamedTuple):
     as the copy itself, and the compiler moves none past a copy or a branch."""
 
     leader: Any  # the row whose table is followed
-    queries: list  # rows
+    queries: list  # rows; none where they are looked up when their turn comes
     low_rank: list["LowRankFeed"]
     followed: list[list]  # per feed, rows
 
@@ -65,13 +65,17 @@ def ask(refs, item, shapes: Shapes) -> Asked:
         low_rank.append(LowRankFeed(refs, refs.expanders, count, refs.low_rank_k, refs.k_smem, refs.k_ready, 1))
     asked = Asked(
         leader=refs.meta[item, 2],
-        queries=[jnp.maximum(refs.rows[item, slot], 0) for slot in range(shapes.R)],
+        queries=[query_row(refs, item, slot) for slot in range(shapes.R if shapes.asks_ahead else 0)],
         low_rank=low_rank,
         followed=[feed.first_rows(item, shapes) for feed in low_rank],
     )
     if shapes.one_item:
         pin(refs.asked_for)  # or it would all be behind the branch that an item without blocks takes
     return asked
+
+
+def query_row(refs, item, slot):
+    return jnp.maximum(refs.rows[item, slot], 0)
 
 
 def bring(refs, head, item, asked: Asked, span, num_blocks, before, shapes: Shapes):
@@ -86,10 +90,11 @@ def bring(refs, head, item, asked: Asked, span, num_blocks, before, shapes: Shap
         base = [page_of_block(j, span, refs.table.at[leader], shapes, i) for i in range(shapes.pages_per_block)]
         return base, [feed.look_up(own, j, span, shapes) for feed, own in zip(low_rank, rows, strict=True)]
 
-    first_pages = look_up(jnp.int32(0))
+    first_pages = look_up(jnp.int32(0)) if shapes.asks_ahead else None
     if not shapes.one_item:
         pl.when(before > 0)(lambda: plgpu.barrier_wait(queries_read(refs, shapes)))
-    for slot, row in enumerate(queries):
+    for slot in range(shapes.R):
+        row = queries[slot] if queries else query_row(refs, item, slot)
         plgpu.copy_gmem_to_smem(refs.q.at[row, head], refs.q_smem.at[pl.ds(slot * shapes.G, shapes.G)], refs.q_ready)
     if shapes.r_k:
         bring_expansion(refs, item, head)
@@ -111,7 +116,7 @@ def bring(refs, head, item, asked: Asked, span, num_blocks, before, shapes: Shap
             feed.bring(item, j, turn, span, own, shapes)
         return look_up(j + 1)
 
-    lax.fori_loop(0, num_blocks, step, first_pages)
+    lax.fori_loop(0, num_blocks, step, look_up(jnp.int32(0)) if first_pages is None else first_pages)
 
 
 def queries_read(refs, shapes: Shapes):

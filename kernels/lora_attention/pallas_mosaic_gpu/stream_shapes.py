@@ -9,6 +9,7 @@ BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 ke
 LANES = 128  # threads of a warpgroup, one f32 each
 SMEM_BYTES = 227 * 1024
 MAX_BARRIERS = 32  # in one group
+MOST_ASKED_FOR = 8  # rows of an item
 PRODUCT_WIDTH = 128  # lanes of o_lr while streaming, all warpgroups' together: more would not fit the registers
 
 
@@ -35,6 +36,11 @@ class Shapes:
     def one_item(self) -> bool:
         """Whether no lane has more items than one: then a program is for that item alone."""
         return self.B == 1 and self.T <= self.R
+
+    @property
+    def asks_ahead(self) -> bool:
+        """Whether registers hold what an item's first bytes depend on: of more rows, the compiler spills others."""
+        return self.R <= MOST_ASKED_FOR
 
     @property
     def one_at_a_time(self) -> bool:

@@ -136,7 +136,7 @@ def test_a_second_process_compiles_nothing(run, monkeypatch):
     toy = "--preset tiny --layers 1 --dtype float32 --pages 8 --prefill-buckets 16 --no-scoring"
     found = measure_ready(toy.split())
     for figures in found.values():
-        assert figures["num_programs"] == 3  # a chunk, decoding, sampling
+        assert figures["num_programs"] == 4  # a chunk, decoding, first tokens that are drawn, and those that are not
         assert all(figures[phase] >= 0 for phase in PHASES)
         *until_ready, _ = (figures[phase] for phase in PHASES)
         assert sum(until_ready) <= figures["ready_s"] + 0.01

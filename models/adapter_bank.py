@@ -44,6 +44,25 @@ def shrink(x: Float[Array, "B T in_width"], lora_a: Float[Array, "B in_width r"]
     return matrix_product(lambda x, lora_a: jnp.einsum("btd,bdr->btr", x, lora_a), x, lora_a)
 
 
+def shrink_by_group(
+    x: Float[Array, "B T in_width"], lora_a: Float[Array, "g in_width r"], groups: Int[Array, " B"]
+) -> Float[Array, "B T r"]:
+    """X A, each row with the A of its group.
+
+    As many rows as groups, or more, are multiplied by all of them, and keep what is theirs: the A's are read once,
+    where every row's own would be copied side by side first.
+    """
+    num_groups, width, rank = lora_a.shape
+    if num_groups > x.shape[0]:
+        return shrink(x, lora_a[groups])
+    side_by_side = jnp.moveaxis(lora_a, 0, 1).reshape(width, num_groups * rank)
+    of_all = matrix_product(lambda x, lora_a: jnp.einsum("btd,dr->btr", x, lora_a), x, side_by_side)
+    if num_groups == 1:
+        return of_all
+    is_own = jnp.arange(num_groups) == groups[:, None]
+    return jnp.where(is_own[:, None, :, None], of_all.reshape(*x.shape[:2], num_groups, rank), 0).sum(axis=2)
+
+
 def expand(low_rank: Float[Array, "B T r"], lora_b: Float[Array, "B r out_width"]) -> Float[Array, "B T out_width"]:
     """(X A) B, each row with its own B."""
     return jnp.einsum("btr,bro->bto", low_rank, lora_b)
@@ -65,7 +84,7 @@ def lora_delta(
         return jnp.einsum("btar,aro->bto", own_part(low_rank, adapter_ids, pair.lora_b.shape[0]), pair.lora_b)
     if group_of is None or adapter_ids is None:
         return jnp.einsum("btr,ro->bto", jnp.einsum("btd,dr->btr", x, pair.lora_a[0]), pair.lora_b[0])
-    return expand(shrink(x, pair.lora_a[group_of[adapter_ids]]), pair.lora_b[adapter_ids])
+    return expand(shrink_by_group(x, pair.lora_a, group_of[adapter_ids]), pair.lora_b[adapter_ids])
 
 
 def own_part(

@@ -19,7 +19,7 @@ from lragent_jax.kernels import page_write
 from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.rotary import rotate
 from lragent_jax.models import cache_view
-from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink
+from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink_by_group
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.hashed_graph import HashedGraph
@@ -67,7 +67,7 @@ class LayerAdapters:
     def low_rank(self, target: str, x: Float[Array, "B T D"], group_ids: Int[Array, "g B"]) -> Float[Array, "g B T r"]:
         """X A of every A-group a row writes."""
         lora_a = self.pairs[target].lora_a
-        return jax.vmap(lambda groups: shrink(x, lora_a[groups]))(group_ids)
+        return jax.vmap(lambda groups: shrink_by_group(x, lora_a, groups))(group_ids)
 
     def shrinks(self, written: dict[str, Int[Array, "g B"]]) -> dict[str, tuple[Array, Int[Array, "_ B"]]]:
         """What is multiplied by A of each row's own choice: lora_a and the groups, of q and of what is `written`."""

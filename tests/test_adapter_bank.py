@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from tolerances import assert_close
 
 from lragent_jax.models.adapter import Adapter, LoraWeights, random_adapter, stack_adapters
-from lragent_jax.models.adapter_bank import TARGETS, AdapterBank, lora_delta
+from lragent_jax.models.adapter_bank import TARGETS, AdapterBank, lora_delta, shrink_by_group
 from lragent_jax.models.bank_builder import assign_groups, bank_ranks, build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import AdapterError
@@ -137,3 +137,20 @@ def test_what_does_not_fit_is_refused():
     build_bank(CONFIG, [large], "bfloat16")
     with pytest.raises(AdapterError, match="folder/large holds numbers that overflow float16"):
         build_bank(CONFIG, [large], "float16")
+
+
+@pytest.mark.parametrize(("num_groups", "num_rows"), [(1, 1), (1, 5), (3, 2), (3, 3), (3, 7)])
+def test_rows_are_multiplied_by_their_groups_a_alone(num_groups, num_rows):
+    """Be they multiplied by all and keep what is theirs, or have theirs copied: another's NaN is not theirs."""
+    keys = jax.random.split(jax.random.key(num_groups), 2)
+    x = jax.random.normal(keys[0], (num_rows, 4, 16))
+    lora_a = jax.random.normal(keys[1], (num_groups, 16, 8))
+    groups = np.arange(num_rows) % num_groups
+    if num_groups > 1:
+        lora_a, groups = lora_a.at[1].set(jnp.nan), np.where(groups == 1, 0, groups)
+    found = jax.jit(shrink_by_group)(x, lora_a, jnp.asarray(groups))
+    expected = np.stack(
+        [np.asarray(x[b], np.float64) @ np.asarray(lora_a[g], np.float64) for b, g in enumerate(groups)]
+    )
+    assert found.shape == (num_rows, 4, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

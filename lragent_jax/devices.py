@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -47,6 +48,19 @@ class Devices:
         if self.mesh is None:
             return params
         return jax.device_put(params, param_shardings(config, params, self.mesh))
+
+
+def device_bytes() -> int | None:
+    """What JAX may allocate on its first device; None where it does not say."""
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else int(stats["bytes_limit"])
+
+
+def memory_bytes() -> int | None:
+    """The same, or the machine's memory where that is the device's; None where nobody knows."""
+    if (said := device_bytes()) is not None or jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return said
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose_devices(count: int) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lragent_jax.adapter_use import AdapterUse
+from lragent_jax.devices import memory_bytes
 from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.generation import Cache, copy_pages
@@ -108,12 +109,13 @@ class PagedCache:
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
         self.lock, self._mesh = FairLock(), mesh
-        num_low_rank_pages = num_low_rank_pages if low_rank_ranks else 0
-        self.pools: dict[PoolName, PagePool] = {
-            "base": PagePool(num_pages),
-            "recomputed": PagePool(num_recomputed_pages if recomputed_layers else 0),
-            "low_rank": PagePool(num_low_rank_pages),
+        sizes: dict[PoolName, int] = {
+            "base": num_pages,
+            "recomputed": num_recomputed_pages if recomputed_layers else 0,
+            "low_rank": num_low_rank_pages if low_rank_ranks else 0,
         }
+        self._check_room(sizes)
+        self.pools: dict[PoolName, PagePool] = {name: PagePool(size) for name, size in sizes.items()}
         self.prefixes = PrefixTree(page_size)
         self.holders: Iterable[Holder] = ()
         self.release_abandoned: Callable[[], bool] = lambda: False
@@ -146,7 +148,6 @@ class PagedCache:
         return False
 
     def _allocate(self) -> Cache:
-        num_pages = self.pools["base"].num_pages
         num_low_rank_pages = self.pools["low_rank"].num_pages
         try:
             arrays = Cache(
@@ -158,13 +159,28 @@ class PagedCache:
             )
             return jax.block_until_ready(arrays)
         except jax.errors.JaxRuntimeError as error:
-            stats = self.stats()
-            gigabytes = (stats.base.bytes_total + stats.recomputed.bytes_total) / 1e9
-            sizes = "num_pages or num_recomputed_pages" if self.recomputed_layers else "num_pages"
-            raise OutOfPagesError(
-                f"the device has no room for {num_pages} base pages ({gigabytes:.1f} GB) beside the weights; "
-                f"lower {sizes}"
-            ) from error
+            raise self._no_room({name: pool.num_pages for name, pool in self.pools.items()}) from error
+
+    def _check_room(self, sizes: Mapping[PoolName, int]) -> None:
+        """Raises `OutOfPagesError` for pools that no weights at all would leave room for.
+
+        A device says so itself; a process that asks for more than the machine has may be killed for it instead.
+        """
+        available = memory_bytes()
+        num_devices = 1 if self._mesh is None else self._mesh.size
+        if available is not None and self._num_bytes(sizes) > available * num_devices:
+            raise self._no_room(sizes)
+
+    def _no_room(self, sizes: Mapping[PoolName, int]) -> OutOfPagesError:
+        asked: dict[PoolName, int] = {name: size for name, size in sizes.items() if size}
+        return OutOfPagesError(
+            f"the device has no room for {' and '.join(f'{size:,} {name}' for name, size in asked.items())} pages "
+            f"({self._num_bytes(sizes) / 1e9:,.1f} GB) beside the weights; "
+            f"lower {' or '.join(_SIZE_OPTIONS[name] for name in asked)}"
+        )
+
+    def _num_bytes(self, sizes: Mapping[PoolName, int]) -> int:
+        return sum(sizes[name] * num_bytes for name, num_bytes in self._bytes_per_page().items())
 
     def new_run(self, key: PageKey) -> PageRun:
         return PageRun(self.pools[key.pool], self.page_size)
@@ -270,23 +286,24 @@ class PagedCache:
             if pool.num_pages:
                 self._copy(name, [PageCopy(0, 0)])
 
-    def stats(self) -> CacheStats:
+    def _bytes_per_page(self) -> dict[PoolName, int]:
         itemsize, p = self.dtype.itemsize, self.page_size
         layer_bytes = self.config.base_cache_bytes_per_token(itemsize) // self.config.num_layers * p
         num_recomputed = len(self.recomputed_layers)
         rank = sum(self.low_rank_ranks.values())
-        low_rank_bytes = self.config.low_rank_cache_bytes_per_token(rank, itemsize) * p
-        bytes_per_page: dict[PoolName, int] = {
+        return {
             "base": layer_bytes * (self.config.num_layers - num_recomputed),
             "recomputed": layer_bytes * num_recomputed,
-            "low_rank": low_rank_bytes,
+            "low_rank": self.config.low_rank_cache_bytes_per_token(rank, itemsize) * p,
         }
-        stats = {}
+
+    def stats(self) -> CacheStats:
+        bytes_per_page, stats = self._bytes_per_page(), {}
         for name, pool in self.pools.items():
             cached, idle = pool.num_kept_alone, self._idle_pages(pool)
             num_idle = sum(pool.num_references(page) == count + pool.is_kept(page) for page, count in idle.items())
             stats[name] = PoolStats(pool.num_used - cached, pool.num_free, cached, num_idle, bytes_per_page[name])
-        return CacheStats(**stats, page_size=p)
+        return CacheStats(**stats, page_size=self.page_size)
 
     def _idle_pages(self, pool: PagePool) -> collections.Counter[int]:
         """Pages that trajectories could let go, and how many of them hold each."""

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--dtype", help="bfloat16; float32 on a CPU")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {arguments.max_new_tokens}: there is nothing to generate")
 
     tokenizer = load_tokenizer(arguments.model)
     if tokenizer is None:

@@ -497,3 +497,17 @@ def test_text_without_a_tokenizer_is_refused():
     engine = tiny_engine("base_lr")
     refused(engine, InputError, "without a tokenizer", lambda: engine.trajectory().append("hello"))
     refused(engine, InputError, "stop_token_ids", lambda: engine.generate(QUESTION, "plan", stop=["x"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_pages": 10**9}, r"1,000,000,000 base and .* GB\) .* lower num_pages or num_low_rank_pages"),
+        ({"num_pages": 9, "num_low_rank_pages": 10**9}, r"9 base and 1,000,000,000 low_rank pages"),
+        ({"sharing": "none", "num_pages": 10**9}, r"1,000,000,000 base pages .* lower num_pages$"),
+    ],
+)
+def test_pools_larger_than_all_memory_are_refused_before_anything_is_allocated(options, message):
+    """Of a CPU: the process would be killed for them, be it only for the list of what is free."""
+    with pytest.raises(OutOfPagesError, match=message):
+        tiny_engine(**{"sharing": "base_lr"} | options)

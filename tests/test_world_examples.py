@@ -173,6 +173,13 @@ def test_the_command_writes_a_set(tmp_path):
     assert [line["split"] for line in lines_of(out, "questions")] == ["evaluation"] * 3
 
 
+def test_the_command_says_when_trajectories_are_longer_than_asked(tmp_path):
+    model = text_models.write_text_model(tmp_path / "model")
+    result = lragent("--out", tmp_path / "set", "--num-questions", 2, "--tokens", 10, "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "more than the 10 asked for" in " ".join(result.stdout.split())
+
+
 def test_the_command_refuses_what_makes_no_set(tmp_path):
     assert "none of train" in lragent("--out", tmp_path, "--split", "test").stderr
     assert lragent("--out", tmp_path, "--split", "test").exit_code == 2

@@ -39,7 +39,10 @@ def world(
         size = write_examples(out, split, num_questions, seed, TokenCounter(encode), mix, progress, force=force)
     for name, number in size.lines.items():
         print(f"{out / name}.jsonl: {number} lines")
-    print(f"{num_questions} trajectories of {size.mean_tokens:,.0f} tokens on average")
+    told = f"{num_questions} trajectories of {size.mean_tokens:,.0f} tokens on average"
+    if tokens is not None and size.mean_tokens > 1.1 * tokens:
+        told += f": more than the {tokens:,} asked for, for they are as long without any text about others"
+    print(told)
 
 
 def _tokenizer(model: Path) -> "Tokenizer":

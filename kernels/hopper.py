@@ -1,8 +1,10 @@
-"""Which GPUs the Mosaic GPU kernels are for."""
+"""Which GPUs the Mosaic GPU kernels are for, and what those have."""
 
 import jax
 
 from lragent_jax.kernels import ptxas_version
+
+SHARED_MEMORY = 227 * 1024  # bytes that the programs of a multiprocessor share out
 
 ptxas_version.ask_once()  # all of those kernels import this module, directly or not, and none is lowered before
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from attention_contract import Case, arguments, check, make_inputs, oracle
 
+from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import prefill
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
-    SHARED_MEMORY,
     BlockSizes,
     heuristic,
     shared_memory,

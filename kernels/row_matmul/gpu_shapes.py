@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
+from lragent_jax.kernels.hopper import SHARED_MEMORY
+
 TILE = 64  # columns of a weight in one instruction of the matrix unit
 LANES = 128  # numbers of a row that the registers' layout takes together
-SMEM_BYTES = 227 * 1024
 NUM_SMS = 132
 
 
@@ -89,5 +90,5 @@ def heuristic(shapes: Shapes) -> BlockSizes:
     resident = 1 if shapes.grid <= NUM_SMS else 2
     long = resident == 1 and not shapes.gated and shapes.width % (2 * LANES) == 0
     shapes = dataclasses.replace(shapes, block_k=(1 + long) * LANES)
-    stages = (SMEM_BYTES // resident - shapes.fixed_bytes() - 1024) // shapes.stage_bytes()
+    stages = (SHARED_MEMORY // resident - shapes.fixed_bytes() - 1024) // shapes.stage_bytes()
     return BlockSizes(tiles=shapes.tiles, block_k=shapes.block_k, stages=max(2, min(stages, shapes.turns, 16)))

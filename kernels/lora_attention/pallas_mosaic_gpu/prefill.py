@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill_ahead, prefill_turns
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
     COMPUTE_WARPGROUPS,
     EXPANDED_KEYS,
-    SHARED_MEMORY,
     TILE_Q,
     Barriers,
     BlockSizes,

@@ -7,10 +7,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lragent_jax.kernels.hopper import SHARED_MEMORY
+
 BLOCK_Q = 64  # queries of a warpgroup: rows of one wgmma
 COMPUTE_WARPGROUPS = 2
 TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
-SHARED_MEMORY = 227 * 1024
 EXPANDED_KEYS = 64  # to which low-rank keys are added at a time: rows of one wgmma
 
 

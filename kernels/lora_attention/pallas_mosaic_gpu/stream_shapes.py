@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lragent_jax.kernels.hopper import SHARED_MEMORY
+
 BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 keys are one 128-byte row of low-rank
 LANES = 128  # threads of a warpgroup, one f32 each
-SMEM_BYTES = 227 * 1024
 MAX_BARRIERS = 32  # in one group
 MOST_ASKED_FOR = 8  # rows of an item
 PRODUCT_WIDTH = 128  # lanes of o_lr while streaming, all warpgroups' together: more would not fit the registers
@@ -106,7 +107,7 @@ class Shapes:
     def fitted(self) -> "Shapes":
         """The same with fewer stages, then with fewer rows per item, so that shared memory and barriers suffice."""
         fits = self
-        while fits.smem_bytes() > SMEM_BYTES or fits.low_rank_barriers() > MAX_BARRIERS:
+        while fits.smem_bytes() > SHARED_MEMORY or fits.low_rank_barriers() > MAX_BARRIERS:
             if fits.stages > 2:
                 fits = dataclasses.replace(fits, stages=fits.stages - 1)
             else:

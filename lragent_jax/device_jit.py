@@ -101,12 +101,16 @@ class DeviceJit:
         return self._jitted()(*self._sent(args, _on_all_devices), **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-        """The program that a call of such arguments runs; shapes and dtypes are enough, and nothing is moved."""
+        """The program that a call of such arguments runs; nothing is moved.
+
+        Of those that do not come from the host shapes and dtypes are enough: where the others are among them belongs to
+        the program.
+        """
         return self._jitted().lower(*self._sent(args, _as_on_all_devices), **kwargs)
 
     def _sent(self, args: Sequence[Any], move: Callable[[Any], Any]) -> Sequence[Any]:
         """The arguments as the program takes them: what comes from the host is in the place of the first that moves."""
-        sent = {i: arg for i, arg in enumerate(args) if not self._stays[i]}
+        sent = {i: arg for i, arg in enumerate(args) if i >= len(self._stays) or not self._stays[i]}
         packed = PackedTree(sent)
         if packed.num_packed > 1:
             sent = dict.fromkeys(sent) | {next(iter(sent)): packed}
@@ -123,8 +127,8 @@ def _given_trees(function: Callable) -> Callable:
     @functools.wraps(function)
     def with_trees(*args, **kwargs):
         sent = next((arg.tree for arg in args if isinstance(arg, PackedTree)), {})
-        there = (arg.tree if isinstance(arg, FlatTree) else arg for arg in args)
-        return function(*(sent.get(i, arg) for i, arg in enumerate(there)), **kwargs)
+        there = (sent.get(i, arg) for i, arg in enumerate(args))
+        return function(*(arg.tree if isinstance(arg, FlatTree) else arg for arg in there), **kwargs)
 
     return with_trees
 

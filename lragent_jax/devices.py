@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from lragent_jax.models.errors import InputError
 from lragent_jax.models.llama import Params, abstract_params
 from lragent_jax.models.sharding import current_mesh, param_shardings
 from lragent_jax.models.tensor_parallel import AXIS
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says what a container may have: version 2, and version 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +54,15 @@ class Devices:
         return jax.device_put(params, param_shardings(config, params, self.mesh))
 
 
-def device_bytes() -> int | None:
-    """What JAX may allocate on its first device; None where it does not say."""
-    stats = jax.devices()[0].memory_stats()
-    return None if stats is None else int(stats["bytes_limit"])
-
-
-def memory_bytes() -> int | None:
-    """The same, or the machine's memory where that is the device's; None where nobody knows."""
-    if (said := device_bytes()) is not None or jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
-        return said
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def machine_bytes() -> int | None:
+    """Memory that this process may have of the machine, as far as the system says; None where it does not."""
+    if not hasattr(os, "sysconf"):
+        return None
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def choose_devices(count: int) -> list[Any]:

@@ -11,6 +11,10 @@ _ALIGNMENT = 64
 """Words. A compiler hands kernels what is cut out as it lies there, and those of Mosaic GPU take no other address."""
 
 
+_PACKED = tuple(map(np.dtype, ("int32", "uint32", "float32")))
+"""Dtypes, in the machine's own order of bytes."""
+
+
 class _Place(NamedTuple):
     """Where a leaf lies in the array: its shape and the name of its dtype, from word `start` on."""
 
@@ -25,7 +29,7 @@ class _Place(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class PackedTree:
-    """A pytree whose leaves of the host, those of four bytes per number, are one array of words; the others stay.
+    """A pytree whose leaves of the host, those of i32, u32 and f32, are one array of words; the others stay.
 
     A call of a compiled program sends every array of the host by itself, and waits for some of each: tens of
     microseconds on a GPU, as often as a page table has fields. In the program, `tree` is the tree again.
@@ -36,7 +40,7 @@ class PackedTree:
         places: list[_Place | None] = []
         packed, others, start = [np.empty(0, np.uint32)], [], 0
         for leaf in leaves:
-            if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize == 4:
+            if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _PACKED:
                 places.append(_Place(start, leaf.shape, leaf.dtype.name))
                 padding = np.zeros(-leaf.size % _ALIGNMENT, np.uint32)
                 packed += [np.ravel(leaf).view(np.uint32), padding]

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lragent_jax.adapter_use import AdapterUse
-from lragent_jax.devices import memory_bytes
+from lragent_jax.device_jit import this_device
+from lragent_jax.devices import machine_bytes
 from lragent_jax.eviction import Holder, choose_victims, evict, recompute_flop
 from lragent_jax.fair_lock import FairLock
 from lragent_jax.generation import Cache, copy_pages
@@ -162,25 +163,31 @@ class PagedCache:
             raise self._no_room({name: pool.num_pages for name, pool in self.pools.items()}) from error
 
     def _check_room(self, sizes: Mapping[PoolName, int]) -> None:
-        """Raises `OutOfPagesError` for pools that no weights at all would leave room for.
+        """Raises `OutOfPagesError` for pools in the machine's own memory that it has not got, weights or not.
 
-        A device says so itself; a process that asks for more than the machine has may be killed for it instead.
+        Other devices say so when they are asked; a process that asks a machine for too much is killed instead.
         """
-        available = memory_bytes()
-        num_devices = 1 if self._mesh is None else self._mesh.size
-        if available is not None and self._num_bytes(sizes) > available * num_devices:
+        platform = this_device().platform if self._mesh is None else self._mesh.devices.flat[0].platform
+        available = machine_bytes() if platform == "cpu" else None
+        if available is not None and sum(self._num_bytes(sizes).values()) > available:
             raise self._no_room(sizes)
 
     def _no_room(self, sizes: Mapping[PoolName, int]) -> OutOfPagesError:
-        asked: dict[PoolName, int] = {name: size for name, size in sizes.items() if size}
+        num_bytes = self._num_bytes(sizes)
+        pools = [f"{size:,} {name} pages ({num_bytes[name] / 1e9:,.1f} GB)" for name, size in sizes.items() if size]
+        largest = max(sizes, key=lambda name: num_bytes[name])
         return OutOfPagesError(
-            f"the device has no room for {' and '.join(f'{size:,} {name}' for name, size in asked.items())} pages "
-            f"({self._num_bytes(sizes) / 1e9:,.1f} GB) beside the weights; "
-            f"lower {' or '.join(_SIZE_OPTIONS[name] for name in asked)}"
+            f"the device has no room for {' and '.join(pools)} beside the weights; lower {_SIZE_OPTIONS[largest]}"
         )
 
-    def _num_bytes(self, sizes: Mapping[PoolName, int]) -> int:
-        return sum(sizes[name] * num_bytes for name, num_bytes in self._bytes_per_page().items())
+    def _num_bytes(self, sizes: Mapping[PoolName, int]) -> dict[PoolName, int]:
+        """Of the pools, on all devices of this process together; each has all low-rank pages."""
+        local = 1 if self._mesh is None else len(self._mesh.local_devices)
+        share = 1.0 if self._mesh is None else local / self._mesh.size
+        return {
+            name: int(sizes[name] * num_bytes * (local if name == "low_rank" else share))
+            for name, num_bytes in self._bytes_per_page().items()
+        }
 
     def new_run(self, key: PageKey) -> PageRun:
         return PageRun(self.pools[key.pool], self.page_size)

@@ -9,6 +9,9 @@ from lragent_jax.models.pytree import pytree
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The projections LoRA can adapt, by the names of `LlamaConfig.projection_shapes`."""
 
+FEW_TOKENS = 4
+"""Of a row, where reading weights takes longer than multiplying them."""
+
 CACHED_TARGETS = ("k", "v")
 """Those whose output lives in the cache."""
 
@@ -49,11 +52,11 @@ def shrink_by_group(
 ) -> Float[Array, "B T r"]:
     """X A, each row with the A of its group.
 
-    As many rows as groups, or more, are multiplied by all of them, and keep what is theirs: the A's are read once,
-    where every row's own would be copied side by side first.
+    Where few tokens are of as many rows as there are groups, or more, all are multiplied by all groups' A and keep what
+    is theirs: the A's are read once, where every row's own would be copied side by side first.
     """
     num_groups, width, rank = lora_a.shape
-    if num_groups > x.shape[0]:
+    if num_groups > 1 and (num_groups > x.shape[0] or x.shape[1] > FEW_TOKENS):
         return shrink(x, lora_a[groups])
     side_by_side = jnp.moveaxis(lora_a, 0, 1).reshape(width, num_groups * rank)
     of_all = matrix_product(lambda x, lora_a: jnp.einsum("btd,dr->btr", x, lora_a), x, side_by_side)

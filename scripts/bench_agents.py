@@ -37,7 +37,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent_jax import compilation_cache
-from lragent_jax.devices import device_bytes
 from lragent_jax.figures import can_plot
 from lragent_jax.measure import bench_plots, bench_results
 from lragent_jax.measure.batch_bench import measure_batch
@@ -45,6 +44,7 @@ from lragent_jax.measure.bench_model import BenchModel
 from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.bench_setting import BenchSetting, say
 from lragent_jax.measure.memory_bench import measure_memory
+from lragent_jax.measure.page_budget import device_bytes
 from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.targets import MAX, targets
 from lragent_jax.measure.timing import measure_device

@@ -303,7 +303,10 @@ def seconds_of(operation: Operation, speed: DeviceSpeed, chain_s: float) -> floa
 
 
 def whole_pass(setting: Pass) -> Callable[[], jax.Array]:
-    """One call of the program that the engine calls for a prefill chunk; a decode step is one of a single token."""
+    """One call of the program that the engine calls for a prefill chunk, what the host sends already on the device.
+
+    A decode step is one of a single token.
+    """
     config, dtype, A = setting.config, jnp.dtype(setting.dtype), 1 + setting.B
     graphdef, params = random_params(config, dtype)
     random = Random(setting.dtype)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lragent_jax.device_jit import DeviceJit
+from lragent_jax.flat_tree import FlatTree
 from lragent_jax.packed_tree import PackedTree
 
 
@@ -50,6 +51,20 @@ def test_a_program_is_compiled_once_for_all_numbers_and_once_for_every_shape():
         np.testing.assert_array_equal(add(np.full(3, value, np.int32), {"a": np.int32(value)}), [2 * value] * 3)
     add(np.ones(4, np.int32), {"a": np.int32(1)})
     assert traced == [(3,), (4,)]
+
+
+def test_a_flat_tree_beside_arrays_of_the_host_is_a_tree():
+    program = DeviceJit(lambda weights, x, y: weights[0] + x + y)
+    found = program(FlatTree([jnp.ones(2)]), np.array([1, 2], np.float32), np.array([3, 4], np.float32))
+    np.testing.assert_array_equal(found, [5, 7])
+
+
+def test_what_is_not_in_the_machines_own_bytes_is_left_to_jax():
+    program = DeviceJit(lambda x, y: x + y)
+    with pytest.raises(TypeError):
+        program(np.array([1, 2], ">i4"), np.array([1, 2], ">i4"))
+    with pytest.raises(TypeError):
+        program(np.int32(1), np.int32(2), np.int32(3))
 
 
 def test_arguments_that_are_static_donated_or_resident_stay_where_they_are():

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 from lragent_jax.cache_cost import cache_bytes_per_token
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.config import LlamaConfig
@@ -82,3 +84,9 @@ def num_fitting(
     common = prefix // page_size
     own = -(-context // page_size) - common
     return max(0, (cache_bytes // page_bytes - common) // own)
+
+
+def device_bytes() -> int | None:
+    """What JAX may allocate on its first device; None where it does not say."""
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else int(stats["bytes_limit"])

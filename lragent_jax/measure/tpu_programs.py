@@ -78,8 +78,9 @@ class Workload:
     def array(self, *shape: int, dtype=None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype or self.dtype, sharding=NamedSharding(self.mesh, WHOLE))
 
-    def ints(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return self.array(*shape, dtype=jnp.int32)
+    def ints(self, *shape: int) -> np.ndarray:
+        """What the host sends."""
+        return np.zeros(shape, np.int32)
 
     def params(self) -> tuple[nnx.GraphDef, Any]:
         graphdef, abstract = abstract_params(self.config, self.dtype)
@@ -126,16 +127,11 @@ class Workload:
         B, W = self.batch, self.width
         g = 1 if self.split and any(target in self.targets for target in CACHED_TARGETS) else 0
 
-        def ints(*shape: int):
-            return jnp.zeros(shape, jnp.int32)
-
-        table = jax.eval_shape(
-            lambda: PageTable(
-                q_starts=ints(B), kv_lens=ints(B), base=ints(B, W), base_write_from=ints(B), low_rank=ints(g, B, W),
-                low_rank_write_from=ints(g, B), group_ids=ints(g, B), read_slots=ints(B),
-            )
+        ints = self.ints
+        return PageTable(
+            q_starts=ints(B), kv_lens=ints(B), base=ints(B, W), base_write_from=ints(B), low_rank=ints(g, B, W),
+            low_rank_write_from=ints(g, B), group_ids=ints(g, B), read_slots=ints(B),
         )  # fmt: skip
-        return self.everywhere(table)
 
     def everywhere(self, tree):
         """The tree's shapes and dtypes, on every device."""
@@ -151,7 +147,7 @@ class Workload:
         ids, table, shared = self.ints(self.batch), self.table(), (self.params()[1], self.bank(), self.cache())
         if program == "prefill":
             return (*shared, self.ints(self.batch, self.tokens), ids, table)
-        sampling = self.everywhere(sampling_arrays([], [], (), self.batch))
+        sampling = sampling_arrays([], [], (), self.batch)
         return (*shared, self.slots(), ids, sampling, ids, table, self.ints())
 
     def lower(self, program: str) -> jax.stages.Lowered:

@@ -5,6 +5,7 @@ import math
 import re
 
 import jax
+import numpy as np
 
 ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -60,14 +61,18 @@ def kernel_vmem(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def device_bytes(tree) -> int:
-    """What one device holds of the arrays, without padding."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """What one device holds of the arrays, without padding; those of the host it holds whole."""
+    shapes = [
+        (x.shape if isinstance(x, np.ndarray) else x.sharding.shard_shape(x.shape), x.dtype)
+        for x in jax.tree.leaves(tree)
+    ]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def report(compiled: jax.stages.Compiled, arguments, caches, hbm: int) -> dict:
     """Everything, for one device with `hbm` bytes of memory; outputs that are donated arguments count once.
 
-    arguments: of the program, with shardings; caches: the pools of each kind of cache among them. padding: bytes that
+    arguments: of the program, with shardings, or of the host; caches: the pools of each kind of cache among them. padding: bytes that
     the arguments take beyond their elements.
     """
     memory = compiled.memory_analysis()

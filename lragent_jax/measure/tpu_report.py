@@ -72,8 +72,8 @@ def device_bytes(tree) -> int:
 def report(compiled: jax.stages.Compiled, arguments, caches, hbm: int) -> dict:
     """Everything, for one device with `hbm` bytes of memory; outputs that are donated arguments count once.
 
-    arguments: of the program, with shardings, or of the host; caches: the pools of each kind of cache among them. padding: bytes that
-    the arguments take beyond their elements.
+    arguments: of the program, with shardings, or of the host; caches: the pools of each kind of cache among them.
+    padding: bytes that the arguments take beyond their elements.
     """
     memory = compiled.memory_analysis()
     assert memory is not None

@@ -31,8 +31,8 @@ class _Place(NamedTuple):
 class PackedTree:
     """A pytree whose leaves of the host, those of i32, u32 and f32, are one array of words; the others stay.
 
-    A call of a compiled program sends every array of the host by itself, and waits for some of each: tens of
-    microseconds on a GPU, as often as a page table has fields. In the program, `tree` is the tree again.
+    A call of a compiled program sends every array of the host by itself, and takes its time over each: as often as a
+    page table has fields. In the program, `tree` is the tree again.
     """
 
     def __init__(self, tree: Any):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from lragent_jax.generation import exact_matmuls
 from lragent_jax.models.adapter import Adapter
-from lragent_jax.models.adapter_bank import expand, shrink
+from lragent_jax.models.adapter_bank import expand, shrink_by_group
 from lragent_jax.models.bank_builder import build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
@@ -83,7 +83,7 @@ def _run_layer(graphdef, state, x, adapters: LayerAdapters, rows: PackedRows, le
     block = nnx.merge(graphdef, state)
     normed = block.attention_norm(x)
     pair = adapters.pairs["v"]
-    low_rank = shrink(normed, pair.lora_a[adapters.group_of["v"][adapters.adapter_ids]])
+    low_rank = shrink_by_group(normed, pair.lora_a, adapters.group_of["v"][adapters.adapter_ids])
     values = (block.attention.v(normed), low_rank, expand(low_rank, pair.lora_b[adapters.adapter_ids]))
     real = jnp.arange(x.shape[1]) < length
     similarity = jnp.stack([jnp.sum(jnp.where(real, _cosine(value), 0.0)) for value in values])

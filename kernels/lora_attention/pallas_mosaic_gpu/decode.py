@@ -5,12 +5,12 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.merge import merge
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import rope_table
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import stream
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, Shapes
 from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
@@ -94,11 +94,3 @@ def decode(
     )  # fmt: skip
     o = o.reshape(q.shape)
     return o if lse is None else (o, lse.reshape(B, T, N))
-
-
-def rope_table(num_positions: int, inv_freq) -> Float[Array, "S H"] | None:
-    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
-    if inv_freq is None:
-        return None
-    angles = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * inv_freq[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1).astype(jnp.float16)

@@ -179,8 +179,10 @@ def prefill(
         if r_k:
             turned = jnp.roll(lora_b.k, H // 2, axis=-1).reshape(b_k.shape)
             num_blocks = -(-page_table.base.shape[1] * p // blocks.block_kv)
-            rope, rope_starts = rope_tables(num_blocks, blocks.block_kv // EXPANDED_KEYS, rope_inv_freq)
-            inputs = inputs._replace(b_k_turned=turned, rope=rope, rope_starts=rope_starts)
+            starts = rope_starts(num_blocks, blocks.block_kv // EXPANDED_KEYS, rope_inv_freq)
+            inputs = inputs._replace(
+                b_k_turned=turned, rope=rope_table(EXPANDED_KEYS, rope_inv_freq), rope_starts=starts
+            )  # fmt: skip
     cfg = Config(
         *(T, H, N // K, K, p, r_v, r_k, num_adapters, q.dtype, sm_scale * LOG2_E), blocks=blocks, interpret=interpret
     )
@@ -190,19 +192,23 @@ def prefill(
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
 
 
-def rope_tables(
-    num_blocks: int, parts: int, inv_freq
-) -> tuple[Float[Array, "64 H"], Float[Array, "num_blocks parts 2 H"]]:
-    """`Inputs.rope` and `Inputs.rope_starts`: the same for every layer, so XLA makes them once per step."""
+def cos_and_sin(positions, inv_freq) -> tuple[Float[Array, "S H//2"], Float[Array, "S H//2"]]:
+    angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
+    return jnp.cos(angles), jnp.sin(angles)
 
-    def cos_and_sin(positions):
-        angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
-        return jnp.cos(angles), jnp.sin(angles)
 
-    within = jnp.concatenate(cos_and_sin(jnp.arange(EXPANDED_KEYS)), axis=1).astype(jnp.float16)
-    cos, sin = cos_and_sin(jnp.arange(num_blocks * parts) * EXPANDED_KEYS)
+def rope_table(num_positions: int, inv_freq) -> Float[Array, "S H"] | None:
+    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
+    if inv_freq is None:
+        return None
+    return jnp.concatenate(cos_and_sin(jnp.arange(num_positions), inv_freq), axis=1).astype(jnp.float16)
+
+
+def rope_starts(num_blocks: int, parts: int, inv_freq) -> Float[Array, "num_blocks parts 2 H"]:
+    """`Inputs.rope_starts`; the same for every layer, too."""
+    cos, sin = cos_and_sin(jnp.arange(num_blocks * parts) * EXPANDED_KEYS, inv_freq)
     starts = jnp.stack([jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1)], axis=1)
-    return within, starts.reshape(num_blocks, parts, 2, -1)
+    return starts.reshape(num_blocks, parts, 2, -1)
 
 
 def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, int, int]) -> Outputs:

@@ -26,7 +26,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_softmax import
     empty,
     multiply_add,
     rescaled,
-    values_of,
+    value_terms,
     weigh,
 )
 
@@ -43,16 +43,16 @@ def attend(cfg: Config, first, unmasked, steps, all_steps, q, smem: Memory, barr
         whole = jnp.maximum(unmasked, 1)
         state = lax.fori_loop(1, whole, functools.partial(body, masked=False), state)
         state, probs = lax.fori_loop(whole, steps, functools.partial(body, masked=True), state)
-        plgpu.barrier_wait(barriers.v_ready.at[slot_of(cfg, steps - 1)])
+        plgpu.barrier_wait(barriers.v_ready.at[cfg.slot(steps - 1)])
         state = add_values(cfg, steps - 1, state, probs, smem)
-        plgpu.barrier_arrive(barriers.v_free.at[slot_of(cfg, steps - 1)])
+        plgpu.barrier_arrive(barriers.v_free.at[cfg.slot(steps - 1)])
         return state
 
     state = lax.cond(steps > 0, over_blocks, lambda: empty(cfg))
 
     @pl.loop(steps, all_steps)
     def _skip(step):  # blocks that only the other warpgroup needs; not before they are there: a slot is freed once
-        slot = slot_of(cfg, step)
+        slot = cfg.slot(step)
         for ready, free in ((barriers.k_ready, barriers.k_free), (barriers.v_ready, barriers.v_free)):
             plgpu.barrier_wait(ready.at[slot])
             plgpu.barrier_arrive(free.at[slot])
@@ -61,10 +61,6 @@ def attend(cfg: Config, first, unmasked, steps, all_steps, q, smem: Memory, barr
 
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(own))
     return state
-
-
-def slot_of(cfg: Config, step):
-    return lax.rem(step, jnp.int32(cfg.blocks.num_stages))
 
 
 def first_block(cfg: Config, first, q, smem: Memory, barriers: Barriers, own, others):
@@ -83,7 +79,7 @@ def first_block(cfg: Config, first, q, smem: Memory, barriers: Barriers, own, ot
 def attend_block(cfg: Config, first, q, smem: Memory, barriers: Barriers, own, others, step, state, *, masked: bool):
     """The state with the values of the block before, under this block's maximum, and this block's weights."""
     state, probs = state
-    slot, before = slot_of(cfg, step), slot_of(cfg, step - 1)
+    slot, before = cfg.slot(step), cfg.slot(step - 1)
     plgpu.barrier_wait(barriers.k_ready.at[slot])
     plgpu.barrier_wait(barriers.v_ready.at[before])
     plgpu.barrier_wait(own)
@@ -95,8 +91,7 @@ def attend_block(cfg: Config, first, q, smem: Memory, barriers: Barriers, own, o
         pin(barriers)
         return found
 
-    sums = [state.o_lr, state.o] if cfg.r_v else [state.o]
-    terms = [(acc, ((probs, v),)) for acc, v in zip(sums, values_of(cfg, step - 1, smem), strict=True)]
+    terms = value_terms(cfg, step - 1, state, probs, smem)
     (*o_lr, o), (m, l, rescale, probs) = score_and_add(  # noqa: E741
         cfg, q, smem.k.at[slot], terms, lambda: plgpu.barrier_arrive(others), weigh_them, (state.m, state.l, state.m)
     )

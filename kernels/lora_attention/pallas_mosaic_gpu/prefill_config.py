@@ -123,6 +123,10 @@ class Config:
     blocks: BlockSizes
     interpret: bool
 
+    def slot(self, step):
+        """Of the ring, where a block of keys lies."""
+        return lax.rem(step, jnp.int32(self.blocks.num_stages))
+
     @property
     def slots_per_copy(self) -> int:
         return min(self.p, self.blocks.block_kv)
@@ -193,13 +197,15 @@ class Config:
         stages = self.blocks.num_stages
         k_copies = self.copies + self.low_rank_copies(self.r_k)
         b_copies = (padded_rank(self.r_v) + 2 * padded_rank(self.r_k)) // 8
+        for_both = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
+        for_each = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
         barriers = Barriers(
             q_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             k_ready=plgpu.Barrier(num_arrivals=1 if self.r_k else k_copies, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=self.v_arrivals, num_barriers=stages + 1),
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            turn=plgpu.Barrier(num_arrivals=2) if self.r_k else plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            turn=for_both if self.r_k else for_each,
             b_ready=plgpu.Barrier(num_arrivals=b_copies) if b_copies else None,
         )
         if not self.r_k:

@@ -36,7 +36,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
             copy_ranks(pool, adapter, lanes, rank, 8, target, barriers.b_ready)
 
     def copy_block(step, pieces):
-        slot = lax.rem(step, jnp.int32(stages))
+        slot = cfg.slot(step)
         next_pieces = locate_block(step + 1)  # a read of device memory, under way while this block waits for its slot
         partly_filled = tile.kv_len < (step + 1) * block_kv
         k_landed = (barriers.k_landed if cfg.r_k else barriers.k_ready).at[slot]
@@ -66,7 +66,7 @@ def feed(cfg: Config, tile: Tile, steps, inputs: Inputs, smem: Memory, barriers:
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _drain(step):
-        slot = lax.rem(step, jnp.int32(stages))
+        slot = cfg.slot(step)
         plgpu.barrier_wait(barriers.k_free.at[slot])
         plgpu.barrier_wait(barriers.v_free.at[slot])
 
@@ -147,7 +147,7 @@ def expand_keys(cfg: Config, steps, inputs: Inputs, smem: Memory, barriers: Barr
 
     @pl.loop(0, steps)
     def _block(step):
-        slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+        slot = cfg.slot(step)
         plgpu.barrier_wait(barriers.k_landed.at[slot])
         for part in range(cfg.expanded_parts):
             rotate_b(cfg, smem.rope_starts.at[slot, part], smem)

@@ -74,17 +74,16 @@ def rescaled(state: Softmax, m, l, rescale) -> Softmax:  # noqa: E741
     return Softmax(o, o_lr, m, l)
 
 
-def values_of(cfg: Config, step, smem: Memory) -> list:
-    """A block's, for o_lr and o: the small product first, the faster order where it was timed, at r = 16."""
-    slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
-    return [*([smem.low_rank_v.at[slot].transpose((1, 0))] if cfg.r_v else []), smem.v.at[slot]]
+def value_terms(cfg: Config, step, state: Softmax, probs, smem: Memory) -> list:
+    """A block's P L and P V, as `multiply_add` takes them: the small one first, the faster order where it was timed."""
+    slot = cfg.slot(step)
+    o = state.o, ((probs, smem.v.at[slot]),)
+    return [(state.o_lr, ((probs, smem.low_rank_v.at[slot].transpose((1, 0))),)), o] if cfg.r_v else [o]
 
 
 def add_values(
     cfg: Config, step, state: Softmax, probs, smem: Memory, meanwhile: Callable[[], None] | None = None
 ) -> Softmax:
     """The state with the values of a block, which have been waited for."""
-    sums = [state.o_lr, state.o] if cfg.r_v else [state.o]
-    terms = [(acc, ((probs, v),)) for acc, v in zip(sums, values_of(cfg, step, smem), strict=True)]
-    *o_lr, o = multiply_add(cfg, terms, meanwhile)
+    *o_lr, o = multiply_add(cfg, value_terms(cfg, step, state, probs, smem), meanwhile)
     return state._replace(o=o, o_lr=o_lr[0] if o_lr else None)

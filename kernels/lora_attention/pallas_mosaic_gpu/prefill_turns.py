@@ -31,7 +31,7 @@ def attend(cfg: Config, first, unmasked, steps, all_steps, q, smem: Memory, barr
 
     @pl.loop(steps, all_steps)
     def _skip(step):  # blocks that only the other warpgroup needs
-        slot = lax.rem(step, jnp.int32(cfg.blocks.num_stages))
+        slot = cfg.slot(step)
         plgpu.barrier_arrive(barriers.k_free.at[slot])
         plgpu.barrier_arrive(barriers.v_free.at[slot])
         take_turn(barriers)
@@ -50,8 +50,7 @@ def attend_block(
     cfg: Config, first, steps, q, smem: Memory, barriers: Barriers, step, state: Softmax, *, masked: bool
 ) -> Softmax:
     """The state after one more block of keys. Its K has been waited for; the next block's is, too, on return."""
-    stages = jnp.int32(cfg.blocks.num_stages)
-    slot, next_slot = lax.rem(step, stages), lax.rem(step + 1, stages)
+    slot, next_slot = cfg.slot(step), cfg.slot(step + 1)
 
     def score(scores):
         plgpu.wgmma(scores, q, smem.k.at[slot].transpose((1, 0)))

@@ -192,7 +192,7 @@ def prefill(
     return (o, jnp.swapaxes(lse[..., :T], 1, 2)) if return_lse else o
 
 
-def cos_and_sin(positions, inv_freq) -> tuple[Float[Array, "S H//2"], Float[Array, "S H//2"]]:
+def cos_and_sin(positions, inv_freq) -> tuple[Float[Array, "S half"], Float[Array, "S half"]]:
     angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
     return jnp.cos(angles), jnp.sin(angles)
 

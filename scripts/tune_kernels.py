@@ -52,7 +52,7 @@ def triton_heuristic(case: AttentionCase, heads: Heads) -> pallas_triton.BlockSi
 
 KERNELS = {
     ("pallas_mosaic_gpu", "prefill"): Kernel(
-        lambda case, heads: mosaic_prefill.heuristic(heads.H, case.r_v, case.r_k),
+        lambda case, heads: mosaic_prefill.heuristic(),
         {"block_kv": (64, 128), "num_stages": (2, 3)},
     ),
     ("pallas_mosaic_gpu", "decode"): Kernel(

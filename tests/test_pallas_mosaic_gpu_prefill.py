@@ -1,5 +1,6 @@
 """The Hopper prefill kernel, interpreted: memory, waits and races watched, on any machine."""
 
+import dataclasses
 import os
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from attention_contract import Case, arguments, check, make_inputs, oracle
 
 from lragent_jax.kernels.hopper import SHARED_MEMORY
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import expansion
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill as prefill_module
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import prefill
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BlockSizes,
@@ -53,6 +56,17 @@ CASES = (
 )
 
 
+# Values of few queries, too, as many queries have them.
+EXPANDED = dataclasses.replace(heuristic(), expanded_from=1)
+EXPANDED_CASES = (
+    RAGGED,
+    KEYS,
+    Case("values of pages longer than a block", rows=((250, 300, 1),), T=60, K=2, H=64, p=256, r_v=24, dtype="float16"),
+    Case("values, pages of 16", rows=((130, 150, 1), (60, 64, 2)), T=20, K=1, H=128, p=16, r_v=64, dtype="bfloat16"),
+    LONG,
+)
+
+
 def run(case: Case, garbage: float = np.nan, **changes):
     args, keywords = arguments(make_inputs(case, garbage))
     keywords = {"rope_inv_freq": None} | keywords | {"sm_scale": case.H**-0.5, "return_lse": True, "interpret": True}
@@ -67,17 +81,42 @@ def test_equals_the_oracle_amid_nan_without_races(case, capsys):
 
 
 @interpreted
-def test_what_may_not_be_read_changes_no_bit():
-    for one, other in zip(run(KEYS, np.nan), run(KEYS, 3.0), strict=True):
+@pytest.mark.parametrize("case", EXPANDED_CASES, ids=lambda case: case.name)
+def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, capsys):
+    check(case, run(case, block_sizes=EXPANDED), oracle(make_inputs(case)))
+    assert "RACE" not in capsys.readouterr().out
+
+
+@interpreted
+def test_rows_are_expanded_one_after_the_other_where_memory_is_short(monkeypatch):
+    together = run(KEYS, block_sizes=EXPANDED)
+    monkeypatch.setattr(prefill_module, "MAX_EXPANDED_BYTES", 1)
+    for one, other in zip(run(KEYS, block_sizes=EXPANDED), together, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @interpreted
-def test_an_adapter_that_does_not_exist_is_nan():
+def test_programs_that_expand_several_blocks(monkeypatch, capsys):
+    monkeypatch.setattr(expansion, "PROGRAMS", 2)
+    check(LONG, run(LONG, block_sizes=EXPANDED), oracle(make_inputs(LONG)))
+    assert "RACE" not in capsys.readouterr().out
+
+
+@interpreted
+@pytest.mark.parametrize("block_sizes", [heuristic(), EXPANDED])
+def test_what_may_not_be_read_changes_no_bit(block_sizes):
+    results = (run(KEYS, garbage, block_sizes=block_sizes) for garbage in (np.nan, 3.0))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@interpreted
+@pytest.mark.parametrize("block_sizes", [heuristic(), EXPANDED])
+def test_an_adapter_that_does_not_exist_is_nan(block_sizes):
     (q, base, low_rank, lora_b, table, _), keywords = arguments(make_inputs(RAGGED, garbage=0.0))
     keywords |= {"sm_scale": 0.125, "return_lse": False, "interpret": True}
     adapter_ids = jnp.array([2, 99, -1, 1], jnp.int32)
-    o = prefill(q, base, low_rank, lora_b, table, adapter_ids, **keywords)
+    o = prefill(q, base, low_rank, lora_b, table, adapter_ids, block_sizes=block_sizes, **keywords)
     o = np.asarray(o, np.float32)
     assert np.isnan(o[1, :5]).all()
     assert np.isnan(o[2, 3:23]).all()
@@ -114,10 +153,7 @@ def test_block_sizes_validate_themselves(sizes, match):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_heuristic_fits_shared_memory(head_dim):
     for r_v in range(0, 65, 8):
-        for r_k in range(0, 65, 8):
-            blocks = heuristic(head_dim, r_v, r_k)
-            assert shared_memory(head_dim, r_v, r_k, blocks) <= SHARED_MEMORY
-    assert heuristic(128, 64, 0) == heuristic(128, 16, 16) == BlockSizes(block_kv=128, num_stages=2)
+        assert shared_memory(head_dim, r_v, heuristic()) <= SHARED_MEMORY
 
 
 def test_it_traces_without_a_gpu():

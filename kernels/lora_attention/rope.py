@@ -16,3 +16,11 @@ def rotate(
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def rope_table(num_positions: int, inv_freq: Float[Array, " half"] | None) -> Float[Array, "S 2*half"] | None:
+    """Cosines and sines of all positions, side by side: the same for every layer, so XLA makes it once per step."""
+    if inv_freq is None:
+        return None
+    angles = jnp.arange(num_positions).astype(jnp.float32)[:, None] * inv_freq[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1).astype(jnp.float16)

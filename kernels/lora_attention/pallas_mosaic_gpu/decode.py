@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int32
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.merge import merge
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import rope_table
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import stream
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_KV, BLOCK_Q, Shapes
+from lragent_jax.kernels.lora_attention.rope import rope_table
 from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)

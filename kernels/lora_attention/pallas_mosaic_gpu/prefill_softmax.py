@@ -1,7 +1,6 @@
 """The online softmax of a prefill program's warpgroup: 64 queries, block of keys after block of keys."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -9,19 +8,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
-    BLOCK_Q,
-    Config,
-    Memory,
-    padded_rank,
-)
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.pages import padded_rank
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BLOCK_Q, Config, Memory
 
 
 class Softmax(NamedTuple):
     """An online softmax over base 2, f32 in registers: sums under the weights exp2(score - m), and the weights' sum."""
 
     o: Any  # [64, H]
-    o_lr: Any  # [64, R_v] or None
+    o_lr: Any  # [64, R] or None
     m: Any  # [64]
     l: Any  # [64]  # noqa: E741
 
@@ -32,15 +27,13 @@ def empty(cfg: Config) -> Softmax:
     def full(fill, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
-    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r_v)), tile) if cfg.r_v else None
+    o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r)), tile) if cfg.r else None
     return Softmax(full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row))
 
 
-def multiply_add(cfg: Config, terms, meanwhile: Callable[[], None] | None = None) -> tuple:
+def multiply_add(cfg: Config, terms) -> tuple:
     """acc + a1 b1 + a2 b2 .. for every (acc, ((a1, b1), (a2, b2) ..)); a in registers, b in shared memory."""
     if cfg.interpret:  # the interpreter multiplies only what lies in shared memory
-        if meanwhile is not None:
-            meanwhile()
         dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         sums = tuple(acc + sum(dot(a, b[...]) for a, b in products) for acc, products in terms)
         plgpu.commit_smem()  # as a wgmma's, these reads are over before the next copy
@@ -50,8 +43,6 @@ def multiply_add(cfg: Config, terms, meanwhile: Callable[[], None] | None = None
         for acc, (_, products) in zip(accumulators, terms, strict=True):
             for a, b in products:
                 plgpu.wgmma(acc, a, b)
-        if meanwhile is not None:
-            meanwhile()
 
     return pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _ in terms))
 
@@ -78,12 +69,10 @@ def value_terms(cfg: Config, step, state: Softmax, probs, smem: Memory) -> list:
     """A block's P L and P V, as `multiply_add` takes them: the small one first, the faster order where it was timed."""
     slot = cfg.slot(step)
     o = state.o, ((probs, smem.v.at[slot]),)
-    return [(state.o_lr, ((probs, smem.low_rank_v.at[slot].transpose((1, 0))),)), o] if cfg.r_v else [o]
+    return [(state.o_lr, ((probs, smem.low_rank.at[slot].transpose((1, 0))),)), o] if cfg.r else [o]
 
 
-def add_values(
-    cfg: Config, step, state: Softmax, probs, smem: Memory, meanwhile: Callable[[], None] | None = None
-) -> Softmax:
+def add_values(cfg: Config, step, state: Softmax, probs, smem: Memory) -> Softmax:
     """The state with the values of a block, which have been waited for."""
-    *o_lr, o = multiply_add(cfg, value_terms(cfg, step, state, probs, smem), meanwhile)
+    *o_lr, o = multiply_add(cfg, value_terms(cfg, step, state, probs, smem))
     return state._replace(o=o, o_lr=o_lr[0] if o_lr else None)

@@ -1,4 +1,4 @@
-"""Ahead: Q K of a block of keys and P V of the block before are asked for together, the softmax comes in between.
+"""Q K of a block of keys and P V of the block before are asked for together, the softmax comes in between.
 
 Two warpgroups take turns at the tensor cores, so that one's softmax runs beside its own P V and the other's products:
 both schedules of Flash Attention 3 (arXiv 2407.08608) at once.

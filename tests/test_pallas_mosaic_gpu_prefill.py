@@ -11,8 +11,8 @@ import pytest
 from attention_contract import Case, arguments, check, make_inputs, oracle
 
 from lragent_jax.kernels.hopper import SHARED_MEMORY
+from lragent_jax.kernels.lora_attention import expanded_rows
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import expansion
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill as prefill_module
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import prefill
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BlockSizes,
@@ -90,7 +90,7 @@ def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, capsys):
 @interpreted
 def test_rows_are_expanded_one_after_the_other_where_memory_is_short(monkeypatch):
     together = run(KEYS, block_sizes=EXPANDED)
-    monkeypatch.setattr(prefill_module, "MAX_EXPANDED_BYTES", 1)
+    monkeypatch.setattr(expanded_rows, "MAX_EXPANDED_BYTES", 1)
     for one, other in zip(run(KEYS, block_sizes=EXPANDED), together, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

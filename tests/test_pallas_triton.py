@@ -9,7 +9,12 @@ from attention_contract import AttentionContract, Case, arguments, check, make_i
 
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import pallas_triton
-from lragent_jax.kernels.lora_attention.pallas_triton import DecodeBlockSizes, PrefillBlockSizes, heuristic
+from lragent_jax.kernels.lora_attention.pallas_triton import (
+    DecodeBlockSizes,
+    PrefillBlockSizes,
+    expansion,
+    heuristic,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +37,15 @@ class TestPrefill(AttentionContract):
     @pytest.fixture(autouse=True)
     def prefill_always(self, monkeypatch):
         monkeypatch.setattr(pallas_triton, "heuristic", lambda *_: PrefillBlockSizes(16, 32))
+
+
+class TestExpanded(TestPrefill):
+    """Low-rank keys and values of few queries as those of many."""
+
+    @pytest.fixture(autouse=True)
+    def expand_always(self, monkeypatch):
+        monkeypatch.setattr(expansion, "VALUES_FROM", 1)
+        monkeypatch.setattr(expansion, "KEYS_FROM", 1)
 
 
 def attend(case: Case, block_sizes, x=None):

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
+from lragent_jax.kernels.lora_attention.expanded_rows import in_turn
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.expansion import expand
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
@@ -47,7 +48,6 @@ from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 LOG2_E = math.log2(math.e)
 
 REGISTERS = (232, 40)  # per thread of the warpgroups that compute and of the one that feeds: 504 for three of them
-MAX_EXPANDED_BYTES = 2**30  # of keys and values that a call expands at a time; one row's are, however many they be
 
 
 def compute(
@@ -147,8 +147,7 @@ def prefill(
     interpret: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.lora_attention`; `block_sizes=None` asks the heuristic."""
-    B, T, _, H = q.shape
-    K, p = base.shape[1:3]
+    (_, T, _, H), (_, K, p, _) = q.shape, base.shape
     tuned = None if block_sizes else tuned_block_sizes("pallas_mosaic_gpu", "prefill", BlockSizes, q, base, low_rank)
     blocks = block_sizes or tuned or heuristic()
     refuse_unsupported(q, base, low_rank, sm_scale, blocks)
@@ -160,8 +159,6 @@ def prefill(
         for target, pool in zip(LowRank._fields, low_rank or LowRank(None), strict=True)
         if pool is not None and (target == "k" or blocks.expanded_from <= T)
     ]
-    row_bytes = len(expands) * num_positions * K * H * q.dtype.itemsize
-    rows = min(B, max(1, MAX_EXPANDED_BYTES // max(1, row_bytes)))
 
     def attend_rows(q, page_table, adapter_ids):
         expanded = {
@@ -177,11 +174,8 @@ def prefill(
             blocks=blocks, interpret=interpret,
         )  # fmt: skip
 
-    parts = [
-        attend_rows(*jax.tree.map(lambda x, at=at: x[at : at + rows], (q, page_table, adapter_ids)))
-        for at in range(0, B, rows)
-    ]
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    row_bytes = len(expands) * num_positions * K * H * q.dtype.itemsize
+    return in_turn(attend_rows, row_bytes, q, page_table, adapter_ids)
 
 
 def attend_expanded(

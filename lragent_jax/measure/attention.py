@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int32
 
 from lragent_jax.kernels.lora_attention import LoraB, LowRank, PageTable
@@ -192,6 +193,9 @@ def paged(attention: Callable, case: AttentionCase, caches: RandomCaches, num_pa
 
     def attend(q, layer, shared):
         table, adapter_ids, inv_freq = shared
+        if case.T > 1:  # or XLA would expand a low-rank cache once for all calls that read it
+            q, kv_lens = lax.optimization_barrier((q, table.kv_lens))
+            table = table._replace(kv_lens=kv_lens)
         return attention(q, *layer, table, adapter_ids, rope_inv_freq=inv_freq)
 
     layers = caches.caches(case, num_pages, count)

@@ -194,8 +194,8 @@ def paged(attention: Callable, case: AttentionCase, caches: RandomCaches, num_pa
     def attend(q, layer, shared):
         table, adapter_ids, inv_freq = shared
         if case.T > 1:  # or XLA would expand a low-rank cache once for all calls that read it
-            q, kv_lens = lax.optimization_barrier((q, table.kv_lens))
-            table = table._replace(kv_lens=kv_lens)
+            q, base = lax.optimization_barrier((q, table.base))
+            table = table._replace(base=base)
         return attention(q, *layer, table, adapter_ids, rope_inv_freq=inv_freq)
 
     layers = caches.caches(case, num_pages, count)

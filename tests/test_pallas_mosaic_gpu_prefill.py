@@ -144,7 +144,10 @@ def test_refuses_scales_that_turn_the_maximum_around():
         run(RAGGED, sm_scale=-1.0)
 
 
-@pytest.mark.parametrize(("sizes", "match"), [((96, 2), "block_kv is 96"), ((128, 1), "num_stages is 1")])
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [((96, 2), "block_kv is 96"), ((128, 1), "num_stages is 1"), ((128, 2, 0), "expanded_from is 0")],
+)
 def test_block_sizes_validate_themselves(sizes, match):
     with pytest.raises(ValueError, match=match):
         BlockSizes(*sizes)

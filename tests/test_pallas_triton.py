@@ -8,7 +8,7 @@ import pytest
 from attention_contract import AttentionContract, Case, arguments, check, make_inputs, oracle
 
 from lragent_jax.kernels.interpret import interpreted
-from lragent_jax.kernels.lora_attention import pallas_triton
+from lragent_jax.kernels.lora_attention import expanded_rows, pallas_triton
 from lragent_jax.kernels.lora_attention.pallas_triton import (
     DecodeBlockSizes,
     PrefillBlockSizes,
@@ -59,6 +59,18 @@ PREFIX = Case(
     T=2, K=1, G=3, r_v=8, shared_pages=4, dtype="float32",
 )  # fmt: skip
 KEYS = dataclasses.replace(PREFIX, name="low-rank keys on one prefix", r_k=4, H=32)
+
+
+def test_rows_are_expanded_one_after_the_other_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(expansion, "KEYS_FROM", 1)
+    expanded, expand = [], pallas_triton.expand
+    monkeypatch.setattr(pallas_triton, "expand", lambda x, **keywords: expanded.append(x) or expand(x, **keywords))
+    together = attend(KEYS, PrefillBlockSizes(16, 16))
+    monkeypatch.setattr(expanded_rows, "MAX_EXPANDED_BYTES", 1)
+    apart = attend(KEYS, PrefillBlockSizes(16, 16))
+    assert [len(x.adapter_ids) for x in expanded] == [6] + 6 * [1]
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

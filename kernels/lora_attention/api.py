@@ -30,9 +30,10 @@ def lora_attention(
 
         V = V_base + L_v B_v        K = K_base + RoPE(L_k B_k)
 
-    where L is read from the row's low-rank pages and B belongs to the row's adapter. Values are never expanded:
-    softmax(Q Kᵀ) V = P V_base + (P L_v) B_v. Keys are, block by block, because RoPE stands between B and the score.
-    Idea: LRAgent (arXiv 2602.01053).
+    where L is read from the row's low-rank pages and B belongs to the row's adapter. Few queries take values as they
+    are: softmax(Q Kᵀ) V = P V_base + (P L_v) B_v; keys are expanded block by block, because RoPE stands between B and
+    the score. For many queries an implementation may expand either once, into memory of the call's own: the adapter
+    then costs every key instead of every query. Idea: LRAgent (arXiv 2602.01053).
 
     Query t of row b sits at position q_starts[b] + t and sees keys 0 .. that position. A query at a position
     ≥ kv_lens[b] (or < 0) is padding: its output is 0, its lse −inf. Nothing else may be finite, or anything at all:

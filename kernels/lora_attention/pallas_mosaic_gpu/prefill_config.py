@@ -31,6 +31,8 @@ class BlockSizes:
             raise ValueError(f"block_kv is {self.block_kv}; it must be 64 or 128")
         if self.num_stages < 2:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 2, or copies wait for arithmetic")
+        if self.expanded_from < 1:
+            raise ValueError(f"expanded_from is {self.expanded_from}; it must be at least 1: every call has a query")
 
 
 def heuristic() -> BlockSizes:

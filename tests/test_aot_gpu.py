@@ -28,8 +28,8 @@ pytestmark = pytest.mark.aot
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS if "gpu" in implementation.platforms]
 KERNELS = ("pallas_mosaic_gpu", "pallas_triton")
 RANKS = {"merged": (0, 0), "values": (16, 0), "keys and values": (16, 16)}
-# A chunk has too few queries for values to be expanded.
-PATHS = {"prefill": (1, 1024), "chunk": (1, 512), "decode": (1, 1), "decode, agents": (8, 1)}
+# A chunk has too few queries for values to be expanded; fewer have Triton rebuild their keys on chip.
+PATHS = {"prefill": (1, 2048), "chunk": (1, 512), "few": (1, 100), "decode": (1, 1), "decode, agents": (8, 1)}
 
 
 def attention_shapes(B: int, T: int, r_v: int, r_k: int, p: int, H: int, G: int = 4, K: int = 8) -> tuple:
@@ -76,7 +76,8 @@ def test_the_kernels_are_registered():
 
 # Every path with every kind of adapter at the shapes of 8B, and each once with heads of 64.
 OF_LLAMA = [(path, ranks, 64, 128) for path in PATHS for ranks in RANKS] + [
-    ("prefill", "keys and values", 128, 64), ("decode", "merged", 128, 64), ("decode, agents", "values", 128, 64),
+    ("prefill", "keys and values", 128, 64), ("few", "values", 128, 64), ("few", "keys and values", 128, 64),
+    ("decode", "merged", 128, 64), ("decode, agents", "values", 128, 64),
 ]  # fmt: skip
 
 
@@ -84,11 +85,38 @@ OF_LLAMA = [(path, ranks, 64, 128) for path in PATHS for ranks in RANKS] + [
 @pytest.mark.parametrize("implementation", NAMES)
 def test_compiles_at_the_shapes_of_llama(implementation, path, ranks, p, H):
     shapes = attention_shapes(*PATHS[path], *RANKS[ranks], p, H)
-    check(compile_attention(implementation, shapes), shapes, implementation)
+    compiled = compile_attention(implementation, shapes)
+    check(compiled, shapes, implementation)
+    assert expands(compiled) == EXPANDED.get((implementation, path, ranks), set())
+
+
+# By Triton keys and values together, by Mosaic each on its own.
+EXPANDED = {
+    ("pallas_mosaic_gpu", "prefill", "values"): {"lora_expand_v16"},
+    ("pallas_mosaic_gpu", "prefill", "keys and values"): {"lora_expand_v16", "lora_expand_k16"},
+    ("pallas_mosaic_gpu", "chunk", "keys and values"): {"lora_expand_k16"},
+    ("pallas_mosaic_gpu", "few", "keys and values"): {"lora_expand_k16"},
+    ("pallas_triton", "prefill", "values"): {"lora_expand"},
+    ("pallas_triton", "prefill", "keys and values"): {"lora_expand"},
+    ("pallas_triton", "chunk", "keys and values"): {"lora_expand"},
+}
+
+
+def expands(compiled: jax.stages.Compiled) -> set[str]:
+    """Names of the kernels that expand low-rank keys or values, ranks included, where they carry them."""
+    return set(re.findall(r"lora_expand(?:_[vk]\d+)?", aot.text_of(compiled)))
+
+
+@pytest.mark.parametrize(("r_v", "r_k", "p", "H"), [(0, 64, 16, 128), (24, 48, 256, 64), (64, 0, 32, 64)])
+def test_whatever_is_expanded_compiles(r_v, r_k, p, H):
+    shapes = attention_shapes(2, 2048, r_v, r_k, p, H)
+    compiled = compile_attention("pallas_mosaic_gpu", shapes)
+    check(compiled, shapes, "pallas_mosaic_gpu")
+    assert expands(compiled) == {f"lora_expand_{target}{r}" for target, r in (("v", r_v), ("k", r_k)) if r}
 
 
 @pytest.mark.parametrize(("r_v", "G", "K"), [(8, 1, 2), (24, 3, 2), (32, 7, 2), (8, 16, 2), (64, 4, 8)])
-@pytest.mark.parametrize("path", ["prefill", "chunk", "decode, agents"])
+@pytest.mark.parametrize("path", ["prefill", "few", "decode, agents"])
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_compiles_at_other_ranks_and_group_sizes(implementation, path, r_v, G, K):
     shapes = attention_shapes(*PATHS[path], r_v, 0, 64, 128, G=G, K=K)
@@ -117,7 +145,8 @@ def test_tuned_block_sizes_compile():
         kernel, shape = tuner.KERNELS[entry.implementation, entry.path], entry.shape
         case = tuner.AttentionCase(8192, T=8192 if entry.path == "prefill" else 1, B=max(1, shape.rows))
         block_sizes = type(kernel.heuristic(case, tuner.Heads()))(**entry.block_sizes)
-        B, T = (shape.rows, 1) if shape.rows else PATHS["prefill"]
+        # Of low-rank caches that many queries expand, few read them as they are.
+        B, T = (shape.rows, 1) if shape.rows else PATHS["chunk" if shape.r_v else "prefill"]
         shapes = attention_shapes(B, T, shape.r_v, shape.r_k, shape.p, shape.H, G=shape.G)
         check(compile_attention(entry.implementation, shapes, block_sizes=block_sizes), shapes, entry.implementation)
 

@@ -13,10 +13,9 @@ pytestmark = pytest.mark.aot
 
 
 @pytest.mark.parametrize("implementation", ["pallas_mosaic_gpu", "pallas_triton", "xla"])
-@pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, implementation):
+@pytest.mark.parametrize(("program", "tokens"), [("prefill", 256), ("prefill", 2048), ("decode", 1)])
+def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, tokens, implementation):
     config = dataclasses.replace(LlamaConfig.preset("llama-3.1-8b"), num_layers=1, vocab_size=16_384)
-    tokens = 256 if program == "prefill" else 1
     workload = Workload(
         config, aot.h100(2, "model"), rank=8, tokens=tokens, page_size=64, pages=1000, width=512,
         implementation=implementation,
@@ -37,4 +36,4 @@ def test_two_all_reduces_a_layer_and_no_weight_or_pool_moves(program, implementa
     assert own == (4 if program == "decode" and implementation == "pallas_mosaic_gpu" else 0)
     pools = [pool.sharding.shard_shape(pool.shape) for kind in workload.caches() for pool in kind]
     assert pools[0][1] == config.num_kv_heads // 2
-    assert aot.temporaries(compiled) < 60e6
+    assert aot.temporaries(compiled) < (60e6 if tokens <= 256 else 300e6)

@@ -81,7 +81,7 @@ def test_engines_are_made_for_the_longest_trace_that_fits():
     pages = {chunk: budget.pages(912 + 4 * chunk + 27) + 1 for chunk in (8, 1000)}
 
     def needed(chunk: int, copies: int) -> int:
-        return 10**6 + budget.pool_bytes(copies * pages[chunk]) + budget.activation_bytes(64)
+        return 10**6 + budget.pool_bytes(copies * pages[chunk]) + budget.activation_bytes(64, 912 + 4 * chunk + 27)
 
     def chosen(device_bytes: int, chunks: set[int]):
         setting.device_bytes = device_bytes

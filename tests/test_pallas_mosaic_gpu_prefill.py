@@ -1,6 +1,5 @@
 """The Hopper prefill kernel, interpreted: memory, waits and races watched, on any machine."""
 
-import dataclasses
 import os
 
 import jax
@@ -13,6 +12,7 @@ from attention_contract import Case, arguments, check, make_inputs, oracle
 from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention import expanded_rows
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import expansion
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import prefill as prefill_module
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill import prefill
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BlockSizes,
@@ -46,18 +46,17 @@ LONG = Case(
     "more blocks of keys than slots",
     rows=((512, 640, 1), (300, 384, 2)), T=128, K=1, H=64, p=64, r_v=16, r_k=16, dtype="bfloat16",
 )  # fmt: skip
+SMALL = Case("rank 64", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16")
 CASES = (
     RAGGED,
     Case("merged", rows=((250, 300, 0),), T=70, K=1, H=128, p=64, r_v=0, dtype="float16"),
     Case("pages longer than a block", rows=((250, 300, 1),), T=60, K=1, H=64, p=256, r_v=24, dtype="float16"),
     KEYS,
-    Case("blocks of 64 keys", rows=((130, 150, 1),), T=20, K=1, H=128, p=64, r_v=16, r_k=64, dtype="bfloat16"),
+    SMALL,
     LONG,
 )
 
 
-# Values of few queries, too, as many queries have them.
-EXPANDED = dataclasses.replace(heuristic(), expanded_from=1)
 EXPANDED_CASES = (
     RAGGED,
     KEYS,
@@ -65,6 +64,20 @@ EXPANDED_CASES = (
     Case("values, pages of 16", rows=((130, 150, 1), (60, 64, 2)), T=20, K=1, H=128, p=16, r_v=64, dtype="bfloat16"),
     LONG,
 )
+
+
+@pytest.fixture
+def expanded(monkeypatch):
+    """Values of few queries are expanded, too, as those of many. (rows, targets) of every kernel that attends."""
+    monkeypatch.setattr(expansion, "FLOP_PER_BYTE", 0)
+    calls, attend_rows = [], prefill_module.attend_rows
+
+    def spy(q, *args, targets, **keywords):
+        calls.append((q.shape[0], targets))
+        return attend_rows(q, *args, targets=targets, **keywords)
+
+    monkeypatch.setattr(prefill_module, "attend_rows", spy)
+    return calls
 
 
 def run(case: Case, garbage: float = np.nan, **changes):
@@ -81,45 +94,78 @@ def test_equals_the_oracle_amid_nan_without_races(case, capsys):
 
 
 @interpreted
+def test_other_block_sizes(capsys):
+    for blocks in (BlockSizes(block_kv=64, num_stages=2), BlockSizes(block_kv=64, num_stages=3)):
+        check(SMALL, run(SMALL, block_sizes=blocks), oracle(make_inputs(SMALL)))
+    assert "RACE" not in capsys.readouterr().out
+
+
+def test_what_pays_is_expanded(monkeypatch):
+    """Keys always; values from where P L would cost as much."""
+    expanded = []
+
+    def attend_rows(q, *_, targets, **__):
+        expanded.append(targets)
+        return q, q[..., 0].astype(jnp.float32)
+
+    monkeypatch.setattr(prefill_module, "attend_rows", attend_rows)
+    for T, r_k in ((839, 0), (840, 0), (839, 16)):
+        case = Case("many", rows=((0, T, 1),), T=T, K=1, G=4, H=128, p=64, r_v=16, r_k=r_k, dtype="bfloat16")
+        run(case)
+    assert expanded == [(), ("v",), ("k",)]
+    assert [expansion.pays("v", T, 64, 8, 8) for T in (209, 210)] == [False, True]
+
+
+@interpreted
 @pytest.mark.parametrize("case", EXPANDED_CASES, ids=lambda case: case.name)
-def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, capsys):
-    check(case, run(case, block_sizes=EXPANDED), oracle(make_inputs(case)))
+def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, expanded, capsys):
+    check(case, run(case), oracle(make_inputs(case)))
+    assert expanded == [(len(case.rows), ("v", "k") if case.r_k else ("v",))]
     assert "RACE" not in capsys.readouterr().out
 
 
 @interpreted
-def test_rows_are_expanded_one_after_the_other_where_memory_is_short(monkeypatch):
-    together = run(KEYS, block_sizes=EXPANDED)
+def test_rows_are_expanded_one_after_the_other_where_memory_is_short(expanded, monkeypatch):
+    together = run(KEYS)
     monkeypatch.setattr(expanded_rows, "MAX_EXPANDED_BYTES", 1)
-    for one, other in zip(run(KEYS, block_sizes=EXPANDED), together, strict=True):
+    apart = run(KEYS)
+    assert [rows for rows, _ in expanded] == [3, 1, 1, 1]
+    for one, other in zip(apart, together, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @interpreted
-def test_programs_that_expand_several_blocks(monkeypatch, capsys):
+def test_programs_that_expand_several_blocks(expanded, monkeypatch, capsys):
     monkeypatch.setattr(expansion, "PROGRAMS", 2)
-    check(LONG, run(LONG, block_sizes=EXPANDED), oracle(make_inputs(LONG)))
+    jax.clear_caches()
+    check(LONG, run(LONG), oracle(make_inputs(LONG)))
+    jax.clear_caches()
     assert "RACE" not in capsys.readouterr().out
 
 
 @interpreted
-@pytest.mark.parametrize("block_sizes", [heuristic(), EXPANDED])
-def test_what_may_not_be_read_changes_no_bit(block_sizes):
-    results = (run(KEYS, garbage, block_sizes=block_sizes) for garbage in (np.nan, 3.0))
+@pytest.mark.parametrize("values", ["as they are", "expanded"])
+def test_what_may_not_be_read_changes_no_bit(values, request):
+    if values == "expanded":
+        request.getfixturevalue("expanded")
+    results = (run(KEYS, garbage) for garbage in (np.nan, 3.0))
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @interpreted
-@pytest.mark.parametrize("block_sizes", [heuristic(), EXPANDED])
-def test_an_adapter_that_does_not_exist_is_nan(block_sizes):
+@pytest.mark.parametrize("values", ["as they are", "expanded"])
+def test_an_adapter_that_does_not_exist_is_nan(values, request):
+    if values == "expanded":
+        request.getfixturevalue("expanded")
     (q, base, low_rank, lora_b, table, _), keywords = arguments(make_inputs(RAGGED, garbage=0.0))
     keywords |= {"sm_scale": 0.125, "return_lse": False, "interpret": True}
     adapter_ids = jnp.array([2, 99, -1, 1], jnp.int32)
-    o = prefill(q, base, low_rank, lora_b, table, adapter_ids, block_sizes=block_sizes, **keywords)
+    o = prefill(q, base, low_rank, lora_b, table, adapter_ids, **keywords)
     o = np.asarray(o, np.float32)
     assert np.isnan(o[1, :5]).all()
     assert np.isnan(o[2, 3:23]).all()
+    assert not any(padding.any() for padding in (o[1, 5:], o[2, :3], o[2, 23:]))
     assert not np.isnan(o[[0, 3]]).any()
 
 
@@ -146,7 +192,7 @@ def test_refuses_scales_that_turn_the_maximum_around():
 
 @pytest.mark.parametrize(
     ("sizes", "match"),
-    [((96, 2), "block_kv is 96"), ((128, 1), "num_stages is 1"), ((128, 2, 0), "expanded_from is 0")],
+    [((96, 2), "block_kv is 96"), ((128, 1), "num_stages is 1")],
 )
 def test_block_sizes_validate_themselves(sizes, match):
     with pytest.raises(ValueError, match=match):

@@ -44,8 +44,17 @@ class TestExpanded(TestPrefill):
 
     @pytest.fixture(autouse=True)
     def expand_always(self, monkeypatch):
-        monkeypatch.setattr(expansion, "VALUES_FROM", 1)
+        monkeypatch.setattr(expansion, "FLOP_PER_BYTE", 0)
         monkeypatch.setattr(expansion, "KEYS_FROM", 1)
+        expanded, expand = [], pallas_triton.expand
+        monkeypatch.setattr(pallas_triton, "expand", lambda x, **keywords: expanded.append(x) or expand(x, **keywords))
+        return expanded
+
+    @pytest.mark.parametrize("ranks", [(8, 0), (0, 4)])
+    def test_it_does(self, expand_always, ranks):
+        case = dataclasses.replace(PREFIX, r_v=ranks[0], r_k=ranks[1], H=32)
+        check(case, attend(case, PrefillBlockSizes(16, 16)), oracle(make_inputs(case)))
+        assert len(expand_always) == 1
 
 
 def attend(case: Case, block_sizes, x=None):
@@ -59,6 +68,15 @@ PREFIX = Case(
     T=2, K=1, G=3, r_v=8, shared_pages=4, dtype="float32",
 )  # fmt: skip
 KEYS = dataclasses.replace(PREFIX, name="low-rank keys on one prefix", r_k=4, H=32)
+
+
+@pytest.mark.parametrize(
+    ("T", "ranks", "pays"),
+    [(1239, (16, 0), False), (1240, (16, 0), True), (310, (64, 0), True), (127, (16, 16), False), (128, (0, 16), True),
+     (10**6, (0, 0), False)],
+)  # fmt: skip
+def test_what_pays(T, ranks, pays):
+    assert expansion.pays(T, 128, 4, *ranks) == pays
 
 
 def test_rows_are_expanded_one_after_the_other_where_memory_is_short(monkeypatch):

@@ -9,9 +9,9 @@ MAX_EXPANDED_BYTES = 2**30  # of keys and values that a call holds expanded; one
 
 
 def in_turn(attend: Callable, row_bytes: int, *by_row):
-    """attend(*by_row), so many rows after so many that the `row_bytes` which each takes meanwhile stay within bounds.
+    """attend(*by_row), for as many rows at a time as `MAX_EXPANDED_BYTES` has room for, one at least.
 
-    by_row: pytrees of arrays, rows on axis 0, as those of the results.
+    row_bytes: of a row, expanded. by_row: pytrees of arrays, rows on axis 0, as those of the results.
     """
     num_rows = jax.tree.leaves(by_row)[0].shape[0]
     at_once = max(1, MAX_EXPANDED_BYTES // max(1, row_bytes))

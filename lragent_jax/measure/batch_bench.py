@@ -28,7 +28,7 @@ def measure_batch(model: BenchModel, setting: BenchSetting, rows: int, prefix: i
     num_pages = common_pages + rows * (setting.budget.pages(batch_context(setting, context)) + 1 - common_pages)
     pools = {"num_pages": num_pages, "num_low_rank_pages": num_pages}
     buckets = (16, -(-own // 16) * 16)
-    if missing := missing_bytes(model, setting, pools, max(rows * 16, buckets[-1])):
+    if missing := missing_bytes(model, setting, pools, max(rows * 16, buckets[-1]), rows * context):
         say(f"a batch of {rows} needs {missing['bytes_needed']:,} bytes, the device has {missing['bytes_limit']:,}")
         return missing
     engine = model.engine(
@@ -79,4 +79,4 @@ def fitting(
 
 def _left_for_caches(model: BenchModel, setting: BenchSetting, chunk: int) -> int:
     """Bytes that weights and activations leave of the device; of 80 GB where nobody knows what it holds."""
-    return (setting.device_bytes or 80 * 10**9) - model.weight_bytes - setting.budget.activation_bytes(chunk)
+    return (setting.device_bytes or 80 * 10**9) - model.weight_bytes - setting.budget.activation_bytes(chunk, chunk)

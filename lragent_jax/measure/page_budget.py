@@ -54,10 +54,14 @@ class PageBudget:
         per_token = self.config.base_cache_bytes_per_token(self.itemsize)
         return num_tokens * (per_token + self.config.low_rank_cache_bytes_per_token(self.rank, self.itemsize))
 
-    def activation_bytes(self, chunk: int) -> int:
-        """About what a prefill of `chunk` tokens holds beside weights and pools, with half a gigabyte to spare."""
+    def activation_bytes(self, chunk: int, context: int) -> int:
+        """About what a prefill of `chunk` tokens holds beside weights and pools, with half a gigabyte to spare.
+
+        Of `context` tokens in all of its rows together: one layer's keys and values of theirs may come expanded.
+        """
         c = self.config
-        return chunk * (3 * c.mlp_width + 8 * c.width) * self.itemsize + 4 * c.vocab_size * 64 + 2**29
+        expanded = context * c.base_cache_bytes_per_token(self.itemsize) // c.num_layers
+        return chunk * (3 * c.mlp_width + 8 * c.width) * self.itemsize + 4 * c.vocab_size * 64 + expanded + 2**29
 
 
 def step_weight_bytes(config: LlamaConfig, weight_bytes: int, itemsize: int) -> int:

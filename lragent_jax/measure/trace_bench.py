@@ -95,7 +95,7 @@ def largest_engine(
     def engine(chunk: int, among: Sequence[SharingMode]) -> tuple[int, dict[str, int], dict[str, int] | None]:
         context_length = num_tokens(react_trace(chunk)) + spare_tokens(setting)  # the longest exceeds the preset's
         pools = pool_options(among, len(model.agents), setting.budget.pages(context_length) + 1)[mode]
-        return context_length, pools, missing_bytes(model, setting, pools, bucket)
+        return context_length, pools, missing_bytes(model, setting, pools, bucket, context_length)
 
     alone: list[SharingMode] = [mode]
     engines = [engine(chunk, among) for chunk in sorted(chunks, reverse=True) for among in (modes, alone)]
@@ -103,10 +103,11 @@ def largest_engine(
 
 
 def missing_bytes(
-    model: BenchModel, setting: BenchSetting, pools: dict[str, int], chunk: int
+    model: BenchModel, setting: BenchSetting, pools: dict[str, int], chunk: int, context: int
 ) -> dict[str, int] | None:  # fmt: skip
     """None if pools of that size fit beside the weights, or nobody knows; else what is needed and what there is."""
-    needed = model.weight_bytes + setting.budget.pool_bytes(**pools) + setting.budget.activation_bytes(chunk)
+    activations = setting.budget.activation_bytes(chunk, context)
+    needed = model.weight_bytes + setting.budget.pool_bytes(**pools) + activations
     if setting.device_bytes is None or needed <= setting.device_bytes:
         return None
     return {"bytes_needed": needed, "bytes_limit": setting.device_bytes}

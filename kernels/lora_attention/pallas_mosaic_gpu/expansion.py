@@ -3,7 +3,8 @@
 A prefill's queries are many, and each would have to do it again: P L beside P V is r / 2H of its work, and rebuilding
 K on chip, for every tile of queries of every head, took half of attention's time on top. Here every key is read and
 written once. What comes out is one layer's, of the rows that a call reads, and gone when attention is done with it; the
-cache keeps its low-rank form.
+cache keeps its low-rank form. Values are rounded to the cache's dtype after L B was added, as those of a cache of the
+adapter's own are; P L keeps the two apart.
 """
 
 import dataclasses
@@ -31,7 +32,17 @@ from lragent_jax.kernels.lora_attention.rope import rope_table
 
 KEYS = 64  # at a time: rows of one wgmma
 SLOTS = 2  # one block on its way while another is worked on
-PROGRAMS = 4 * 132  # as many as an H100 runs at once: each has its own waits, and others use the time
+PROGRAMS = 4 * 132  # about as many as an H100 runs at once: each has its own waits, and others use the time
+FLOP_PER_BYTE = 210  # attention's rate over memory's, of an H100
+
+
+def pays(target: str, T: int, H: int, G: int, rank: int) -> bool:
+    """Whether it is worth the while for T queries per row. Keys ("k") always are, in a kernel that would tile them.
+
+    Adding L B to a value costs 4 H bytes per kv head; P L costs 2 r FLOP per query head and query instead. At 128
+    lanes, four heads and r = 16 that is as long for 840 queries.
+    """
+    return target == "k" or 2 * T * G * padded_rank(rank) >= 4 * H * FLOP_PER_BYTE
 
 
 class Inputs(NamedTuple):
@@ -73,7 +84,6 @@ class Config:
     num_adapters: int
     dtype: Any
     programs: int
-    interpret: bool
 
     @property
     def block(self) -> Block:
@@ -139,20 +149,19 @@ def kernel_body(cfg: Config, inputs: Inputs, expanded, smem: Memory, barriers: B
         copy(jnp.int32(0), pieces)
         plgpu.barrier_wait(barriers.b_landed)
 
-        def expand(turn, pieces):
+        def expand_block(turn, pieces):
             slot = lax.rem(turn, jnp.int32(SLOTS))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the other slot held is written
             pl.when(turn + 1 < turns)(lambda: copy(turn + 1, pieces))
             pieces = locate(turn + 2)  # a read of device memory, under way while this block is waited for
             plgpu.barrier_wait(barriers.landed.at[slot])
-            add = add_keys if cfg.target == "k" else add_values
-            add(cfg, slot, smem)
+            (add_keys if cfg.target == "k" else add_values)(cfg, slot, smem)
             plgpu.commit_smem()
             positions = pl.ds((first + turn * cfg.programs) * KEYS, KEYS)
             plgpu.copy_smem_to_gmem(smem.base.at[slot], expanded.at[b * cfg.K + head, positions])
             return pieces
 
-        lax.fori_loop(0, turns, expand, locate(jnp.int32(1)))
+        lax.fori_loop(0, turns, expand_block, locate(jnp.int32(1)))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -206,7 +215,7 @@ def expand(
     B = adapter_ids.shape[0]
     programs = min(num_positions // KEYS, -(-PROGRAMS // (B * K)))
     target = "v" if rope_inv_freq is None else "k"
-    cfg = Config(target, H, K, p, r, A, base.dtype, programs, interpret)
+    cfg = Config(target, H, K, p, r, A, base.dtype, programs)
     inputs = Inputs(
         base.reshape(P * K, p, 2 * H), low_rank, lora_b.reshape(A, r, K * H), page_table.base, page_table.low_rank,
         page_table.kv_lens, adapter_ids, rope_table(num_positions, rope_inv_freq),

@@ -53,7 +53,7 @@ class Row(NamedTuple):
     table: Any  # [B, W]
     b: Any
     kv_len: Any
-    low_rank_table: Any = None  # [B, W]; None without low-rank caches
+    low_rank_table: Any = None  # [B, W]; None where no low-rank pages are read
     adapter: Any = None  # 0 where there is none
 
     def pieces(self, block: Block, index, p_base: int, p_low_rank: int) -> list[tuple[Any, Any, Any]]:

@@ -12,6 +12,7 @@ Whatever must not be read is asked for at a page that lies outside of its pool (
 holds can carry slots that are not its own; the feeding warpgroup clears them before anyone else sees them.
 """
 
+import functools
 import math
 
 import jax
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.expanded_rows import in_turn
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.expansion import expand
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.expansion import expand, pays
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import (
     BLOCK_Q,
     COMPUTE_WARPGROUPS,
@@ -114,7 +115,8 @@ def kernel_body(cfg: Config, inputs: Inputs, outputs: Outputs, smem: Memory, bar
         feed(cfg, tile, all_steps, inputs, smem, barriers)
 
 
-def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, blocks: BlockSizes) -> None:
+def refuse_unsupported(q, base, low_rank: LowRank | None, left: LowRank, sm_scale: float, blocks: BlockSizes) -> None:
+    """left: of the low-rank pools, those that are not expanded."""
     H, p = q.shape[3], base.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"prefill on tensor cores takes bfloat16 and float16, not {q.dtype}")
@@ -124,9 +126,9 @@ def refuse_unsupported(q, base, low_rank: LowRank | None, sm_scale: float, block
         raise NotImplementedError(f"prefill takes pages of 16, 32, 64, 128 or a multiple of 128 slots, not {p}")
     if sm_scale <= 0:
         raise NotImplementedError(f"prefill takes a positive sm_scale, not {sm_scale}")
-    ranks = [0 if pool is None else pool.shape[1] for pool in low_rank or LowRank(None)]
-    if shared_memory(H, ranks[0], blocks) > SHARED_MEMORY:
-        raise NotImplementedError(f"prefill has too little shared memory for rank {ranks[0]} and {blocks}")
+    rank = 0 if left.v is None else left.v.shape[1]
+    if shared_memory(H, rank, blocks) > SHARED_MEMORY:
+        raise NotImplementedError(f"prefill has too little shared memory for rank {rank} and {blocks}")
     for pool in low_rank or ():
         if pool is not None and (pool.shape[1] % 8 or pool.shape[1] > 64):
             raise NotImplementedError(f"prefill takes ranks 8, 16, 24 .. 64, not {pool.shape[1]}")
@@ -147,35 +149,50 @@ def prefill(
     interpret: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.lora_attention`; `block_sizes=None` asks the heuristic."""
-    (_, T, _, H), (_, K, p, _) = q.shape, base.shape
-    tuned = None if block_sizes else tuned_block_sizes("pallas_mosaic_gpu", "prefill", BlockSizes, q, base, low_rank)
+    (_, T, N, H), (_, K, p, _) = q.shape, base.shape
+    targets = tuple(
+        target
+        for target, pool in zip(LowRank._fields, low_rank or LowRank(None), strict=True)
+        if pool is not None and pays(target, T, H, N // K, pool.shape[1])
+    )
+    left = LowRank(None if low_rank is None or "v" in targets else low_rank.v)
+    tuned = None if block_sizes else tuned_block_sizes("pallas_mosaic_gpu", "prefill", BlockSizes, q, base, left)
     blocks = block_sizes or tuned or heuristic()
-    refuse_unsupported(q, base, low_rank, sm_scale, blocks)
+    refuse_unsupported(q, base, low_rank, left, sm_scale, blocks)
 
     # S, positions of what is expanded: a whole number of either kernel's blocks.
     num_positions = -(-page_table.base.shape[1] * p // blocks.block_kv) * blocks.block_kv
-    expands = [
-        target
-        for target, pool in zip(LowRank._fields, low_rank or LowRank(None), strict=True)
-        if pool is not None and (target == "k" or blocks.expanded_from <= T)
-    ]
 
-    def attend_rows(q, page_table, adapter_ids):
-        expanded = {
-            target: expand(
-                getattr(lora_b, target), getattr(low_rank, target), base, page_table, adapter_ids,
-                num_positions=num_positions, rope_inv_freq=rope_inv_freq if target == "k" else None,
-                interpret=interpret,
-            )
-            for target in expands
-        }  # fmt: skip
-        return attend_expanded(
-            q, base, low_rank, lora_b, page_table, adapter_ids, expanded, sm_scale=sm_scale, return_lse=return_lse,
-            blocks=blocks, interpret=interpret,
+    def attend(q, page_table, adapter_ids):
+        return attend_rows(
+            q, page_table, adapter_ids, base, low_rank, lora_b, rope_inv_freq, targets=targets, blocks=blocks,
+            num_positions=num_positions, sm_scale=sm_scale, return_lse=return_lse, interpret=interpret,
         )  # fmt: skip
 
-    row_bytes = len(expands) * num_positions * K * H * q.dtype.itemsize
-    return in_turn(attend_rows, row_bytes, q, page_table, adapter_ids)
+    row_bytes = len(targets) * num_positions * K * H * q.dtype.itemsize
+    return in_turn(attend, row_bytes, q, page_table, adapter_ids)
+
+
+# Traced and lowered once for all rows that take turns.
+@functools.partial(
+    jax.jit, static_argnames=("targets", "blocks", "num_positions", "sm_scale", "return_lse", "interpret")
+)
+def attend_rows(
+    q, page_table, adapter_ids, base, low_rank, lora_b, rope_inv_freq, *, targets: tuple[str, ...], blocks: BlockSizes,
+    num_positions: int, sm_scale: float, return_lse: bool, interpret: bool,
+):  # fmt: skip
+    """`prefill`, of rows whose low-rank `targets` are expanded."""
+    expanded = {
+        target: expand(
+            getattr(lora_b, target), getattr(low_rank, target), base, page_table, adapter_ids,
+            num_positions=num_positions, rope_inv_freq=rope_inv_freq if target == "k" else None, interpret=interpret,
+        )
+        for target in targets
+    }  # fmt: skip
+    return attend_expanded(
+        q, base, low_rank, lora_b, page_table, adapter_ids, expanded, sm_scale=sm_scale, return_lse=return_lse,
+        blocks=blocks, interpret=interpret,
+    )  # fmt: skip
 
 
 def attend_expanded(

@@ -16,23 +16,16 @@ TILE_Q = BLOCK_Q * COMPUTE_WARPGROUPS
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """block_kv: keys per turn, 64 or 128. num_stages: slots of the ring, each with K, V and L of a turn.
-
-    expanded_from: queries per row from which on low-rank values are expanded before, once for all of them. Adding them
-    costs a key 4 H bytes per kv head, P L every query 4 H r FLOP per query head: about the same for 850 queries.
-    """
+    """block_kv: keys per turn, 64 or 128. num_stages: slots of the ring, each with K, V and L of a turn."""
 
     block_kv: int
     num_stages: int
-    expanded_from: int = 1024
 
     def __post_init__(self):
         if self.block_kv not in (64, 128):
             raise ValueError(f"block_kv is {self.block_kv}; it must be 64 or 128")
         if self.num_stages < 2:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 2, or copies wait for arithmetic")
-        if self.expanded_from < 1:
-            raise ValueError(f"expanded_from is {self.expanded_from}; it must be at least 1: every call has a query")
 
 
 def heuristic() -> BlockSizes:
@@ -40,9 +33,12 @@ def heuristic() -> BlockSizes:
     return BlockSizes(block_kv=128, num_stages=2)
 
 
-def shared_memory(head_dim: int, rank_v: int, blocks: BlockSizes) -> int:
-    """Bytes that a program takes: queries, what `Memory` holds of keys, values and B, and a little for barriers."""
-    rank = padded_rank(rank_v)
+def shared_memory(head_dim: int, rank: int, blocks: BlockSizes) -> int:
+    """Bytes that a program takes: queries, what `Memory` holds of keys, values and B, and a little for barriers.
+
+    rank: that of the values which do not come expanded.
+    """
+    rank = padded_rank(rank)
     per_key = blocks.num_stages * (2 * head_dim + rank)
     return 2 * (TILE_Q * head_dim + blocks.block_kv * per_key + rank * head_dim) + 4 * 1024
 

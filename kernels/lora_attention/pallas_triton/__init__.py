@@ -71,7 +71,7 @@ def lora_attention(
         raise NotImplementedError(f"pages of {p} slots: the page size must be a power of two")
     if H > 256 or max(r_v, r_k) > 128:
         raise NotImplementedError(f"head dim {H}, ranks {r_v} and {r_k}: at most 256 and 128 fit a program")
-    if not isinstance(block_sizes, DecodeBlockSizes) and expansion.pays(T, r_v, r_k):
+    if not isinstance(block_sizes, DecodeBlockSizes) and expansion.pays(T, H, N // K, r_v, r_k):
         return attend_expanded(
             q, base, low_rank, lora_b, page_table, adapter_ids, rope_inv_freq=rope_inv_freq, sm_scale=sm_scale,
             return_lse=return_lse, block_sizes=block_sizes,

@@ -31,13 +31,16 @@ from lragent_jax.kernels.lora_attention.pallas_triton.stream import (
 )
 
 BLOCK_KV = 64
-# Queries per row from which on it pays: to add costs a key two passes, P L and the rebuilding of K cost every query.
-VALUES_FROM, KEYS_FROM = 1024, 128
+FLOP_PER_BYTE = 155  # attention's rate over memory's, of an H100
+KEYS_FROM = 128  # queries per row: a tile's, for each of which keys would be rebuilt
 
 
-def pays(T: int, r_v: int, r_k: int) -> bool:
-    """For T queries per row; ranks are 0 where there is no such cache."""
-    return bool((r_v and T >= VALUES_FROM) or (r_k and T >= KEYS_FROM))
+def pays(T: int, H: int, G: int, r_v: int, r_k: int) -> bool:
+    """Whether it is worth the while for T queries per row; ranks are 0 where there is no such cache.
+
+    A key and its value are copied, 8 H bytes per kv head; P L costs 2 r FLOP per query head and query instead.
+    """
+    return bool((r_v and 2 * T * G * padded(r_v) >= 8 * H * FLOP_PER_BYTE) or (r_k and T >= KEYS_FROM))
 
 
 def expand_kernel(x: Operands, expanded_ref, *, s: Statics):

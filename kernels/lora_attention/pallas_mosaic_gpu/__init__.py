@@ -1,4 +1,7 @@
-"""Attention for NVIDIA Hopper: Pallas Mosaic GPU, one kernel for many queries and a pair of them for few."""
+"""Attention for NVIDIA Hopper: Pallas Mosaic GPU, one kernel for many queries and a pair of them for few.
+
+Many have what adapters add expanded by another kernel before, once for all of them.
+"""
 
 import jax
 from jaxtyping import Array, Float, Int32

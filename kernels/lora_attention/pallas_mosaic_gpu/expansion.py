@@ -37,10 +37,10 @@ FLOP_PER_BYTE = 210  # attention's rate over memory's, of an H100
 
 
 def pays(target: str, T: int, H: int, G: int, rank: int) -> bool:
-    """Whether it is worth the while for T queries per row. Keys ("k") always are, in a kernel that would tile them.
+    """Whether a prefill of T queries per row has keys ("k") or values ("v") of that rank expanded.
 
-    Adding L B to a value costs 4 H bytes per kv head; P L costs 2 r FLOP per query head and query instead. At 128
-    lanes, four heads and r = 16 that is as long for 840 queries.
+    Keys always: its kernel takes no other. Adding L B to a value costs 4 H bytes per kv head; P L costs 2 r FLOP per
+    query head and query instead. For 128 lanes, four heads and r = 16 the two take as long at 840 queries.
     """
     return target == "k" or 2 * T * G * padded_rank(rank) >= 4 * H * FLOP_PER_BYTE
 

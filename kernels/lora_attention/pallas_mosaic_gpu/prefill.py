@@ -189,27 +189,6 @@ def attend_rows(
         )
         for target in targets
     }  # fmt: skip
-    return attend_expanded(
-        q, base, low_rank, lora_b, page_table, adapter_ids, expanded, sm_scale=sm_scale, return_lse=return_lse,
-        blocks=blocks, interpret=interpret,
-    )  # fmt: skip
-
-
-def attend_expanded(
-    q: Float[Array, "B T N H"],
-    base: Float[Array, "P K p 2*H"],
-    low_rank: LowRank | None,
-    lora_b: LoraB | None,
-    page_table: PageTable,
-    adapter_ids: Int32[Array, " B"] | None,
-    expanded: dict[str, Float[Array, "B*K S H"]],
-    *,
-    sm_scale: float,
-    return_lse: bool,
-    blocks: BlockSizes,
-    interpret: bool,
-) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention to keys and values of which `expanded` has some already, by target."""
     B, T, N, H = q.shape
     P, K, p = base.shape[:3]
     tiles = -(-T // TILE_Q)
@@ -224,12 +203,12 @@ def attend_expanded(
     if low_rank is not None and lora_b is not None:
         num_adapters = max(b.shape[0] for b in lora_b if b is not None)
         inputs = inputs._replace(adapter_ids=adapter_ids)
-        if low_rank.v is not None and lora_b.v is not None and "v" not in expanded:
+        if low_rank.v is not None and lora_b.v is not None and "v" not in targets:
             r = low_rank.v.shape[1]
             b_v = lora_b.v.reshape(num_adapters, r, K * H)
             inputs = inputs._replace(low_rank=low_rank.v, lora_b=b_v, low_rank_table=page_table.low_rank)
     cfg = Config(
-        *(T, H, N // K, K, p, r), expanded_keys="k" in expanded, expanded_values="v" in expanded,
+        *(T, H, N // K, K, p, r), expanded_keys="k" in targets, expanded_values="v" in targets,
         num_adapters=num_adapters, dtype=q.dtype, exp2_scale=sm_scale * LOG2_E, blocks=blocks, interpret=interpret,
     )  # fmt: skip
     lse = jax.ShapeDtypeStruct((B, N, tiles * TILE_Q), jnp.float32) if return_lse else None

@@ -122,8 +122,8 @@ class Config:
 
     @property
     def name(self) -> str:
-        expanded = ("_k" if self.expanded_keys else "") + ("_v" if self.expanded_values else "")
-        which = f"_r{self.r}" if self.r else expanded and f"_expanded{expanded}"
+        parts = [f"v{self.r}" if self.r else "", "k" * self.expanded_keys, "v" * self.expanded_values]
+        which = "".join(f"_{part}" for part in parts if part)  # "_v16": P L; "_k_v": both come expanded
         return f"lora_prefill_h{self.H}_p{self.p}{which}_kv{self.blocks.block_kv}x{self.blocks.num_stages}"
 
     @property

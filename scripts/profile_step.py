@@ -188,6 +188,9 @@ def attend(setting: Pass):
     def function(q, layer, shared):
         kv, low_rank_v, b_v = layer
         table, ids = shared
+        if setting.T > 1:  # or XLA would expand a low-rank cache once for all calls that read it
+            q, base = lax.optimization_barrier((q, table.base))
+            table = dataclasses.replace(table, base=base)
         pairs = {"v": LoraPair(jnp.zeros((1, 1, b_v.shape[1]), b_v.dtype), b_v)}
         cache = LayerCache(kv, low_rank_v, None)
         return cache_view.attend(q, cache, pairs, table, ids, np.zeros(0, np.float32), setting.implementation)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lragent_jax.kernels.hopper import refuse_other_gpus
+from lragent_jax.kernels.hopper import interpreter, refuse_other_gpus
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.page_write.arguments import Expansion, LowRank, Pools, Projections, Rotation, Slots
 
@@ -284,7 +284,7 @@ def call(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         name=f"rotate_and_write_h{H}",
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **interpreter(interpret),
     )
     in_place = [jax.new_ref(pool) for pool in pool_arrays]
     q_out = kernel(*arrays, *in_place)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from lragent_jax.kernels.hopper import interpreter, tiled
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
@@ -289,11 +290,6 @@ class Refs:
         self.__dict__.update(refs)
 
 
-def tiled(*shape: int, dtype):
-    """A buffer in shared memory in the layout that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
 def scratch(s: Shapes, dtype) -> dict:
     buffers = {
         "w_smem": tiled(s.stages, s.per_stage, s.block_k, TILE, dtype=dtype),
@@ -369,7 +365,7 @@ def call(x, weights, scale, residual, shrinks, *, s: Shapes):
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if s.interpret else {}),
+        **interpreter(s.interpret),
     )
     return kernel(*arrays)
 

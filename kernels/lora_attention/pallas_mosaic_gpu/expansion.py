@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from lragent_jax.kernels.hopper import interpreter, tiled
 from lragent_jax.kernels.lora_attention.arguments import PageTable
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.pages import (
     Block,
@@ -95,18 +96,12 @@ class Config:
 
     def memory(self) -> Memory:
         # Keys are taken by halves of a head, which are rotated into each other.
-        lanes = self.H // 2 if self.target == "k" else 64
-
-        def tiled(*shape, lanes: int, dtype=self.dtype):
-            transforms = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-            return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-        rope = tiled(SLOTS, KEYS, self.H, lanes=lanes, dtype=jnp.float16) if self.target == "k" else None
+        swizzle, R = self.H if self.target == "k" else 128, padded_rank(self.r)
         return Memory(
-            base=tiled(SLOTS, KEYS, self.H, lanes=lanes),
-            low_rank=tiled(SLOTS, padded_rank(self.r), KEYS, lanes=16),
-            b=tiled(padded_rank(self.r), self.H, lanes=16),
-            rope=rope,
+            base=tiled(SLOTS, KEYS, self.H, dtype=self.dtype, swizzle=swizzle),
+            low_rank=tiled(SLOTS, R, KEYS, dtype=self.dtype, swizzle=32),
+            b=tiled(R, self.H, dtype=self.dtype, swizzle=32),
+            rope=tiled(SLOTS, KEYS, self.H, dtype=jnp.float16, swizzle=swizzle) if self.target == "k" else None,
         )
 
     def barriers(self) -> Barriers:
@@ -125,10 +120,14 @@ def kernel_body(cfg: Config, inputs: Inputs, expanded, smem: Memory, barriers: B
     row = Row(inputs.table, b, inputs.kv_lens[b], inputs.low_rank_table, adapter)
     turns = cdiv(jnp.maximum(cdiv(row.kv_len, KEYS) - first, 0), cfg.programs)
 
+    def block_of(turn):
+        return first + turn * cfg.programs
+
+    def positions(turn):
+        return pl.ds(block_of(turn) * KEYS, KEYS)
+
     def locate(turn):
-        return row.pieces(
-            cfg.block, first + turn * cfg.programs, inputs.base.shape[0] // cfg.K, inputs.low_rank.shape[0]
-        )
+        return row.pieces(cfg.block, block_of(turn), inputs.base.shape[0] // cfg.K, inputs.low_rank.shape[0])
 
     def copy(turn, pieces):
         slot = lax.rem(turn, jnp.int32(SLOTS))
@@ -137,8 +136,7 @@ def kernel_body(cfg: Config, inputs: Inputs, expanded, smem: Memory, barriers: B
         copy_base(cfg.block, inputs.base, pieces, head, cfg.K, lanes, smem.base.at[slot], landed)
         copy_low_rank(cfg.block, inputs.low_rank, pieces, cfg.r, smem.low_rank.at[slot], landed)
         if cfg.target == "k":
-            positions = pl.ds((first + turn * cfg.programs) * KEYS, KEYS)
-            plgpu.copy_gmem_to_smem(inputs.rope.at[positions], smem.rope.at[slot], landed)
+            plgpu.copy_gmem_to_smem(inputs.rope.at[positions(turn)], smem.rope.at[slot], landed)
 
     @pl.when(turns > 0)
     def _any():
@@ -157,8 +155,7 @@ def kernel_body(cfg: Config, inputs: Inputs, expanded, smem: Memory, barriers: B
             plgpu.barrier_wait(barriers.landed.at[slot])
             (add_keys if cfg.target == "k" else add_values)(cfg, slot, smem)
             plgpu.commit_smem()
-            positions = pl.ds((first + turn * cfg.programs) * KEYS, KEYS)
-            plgpu.copy_smem_to_gmem(smem.base.at[slot], expanded.at[b * cfg.K + head, positions])
+            plgpu.copy_smem_to_gmem(smem.base.at[slot], expanded.at[b * cfg.K + head, positions(turn)])
             return pieces
 
         lax.fori_loop(0, turns, expand_block, locate(jnp.int32(1)))
@@ -234,5 +231,5 @@ def expand(
         grid_names=("head", "program", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=cfg.name,
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **interpreter(interpret),
     )(*arrays)

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from lragent_jax.kernels.hopper import interpreter
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load, pin
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream import interpreter
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import LEAST
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import LANES
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from lragent_jax.kernels.hopper import SHARED_MEMORY
+from lragent_jax.kernels.hopper import SHARED_MEMORY, interpreter
 from lragent_jax.kernels.lora_attention.arguments import LoraB, LowRank, PageTable
 from lragent_jax.kernels.lora_attention.expanded_rows import in_turn
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.expansion import expand, pays
@@ -241,6 +241,6 @@ def run_kernel(cfg: Config, inputs: Inputs, outputs: Outputs, grid: tuple[int, i
         # Its layouts are written down, as those of kernels/page_write are, and need no solver.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=cfg.name,
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if cfg.interpret else {}),
+        **interpreter(cfg.interpret),
     )
     return jax.tree.unflatten(as_outputs, kernel(*arrays))

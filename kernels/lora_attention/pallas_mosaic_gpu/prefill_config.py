@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lragent_jax.kernels.hopper import tiled
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.pages import Block, Row, cdiv, padded_rank
 
 BLOCK_Q = 64  # queries of a warpgroup: rows of one wgmma
@@ -131,23 +132,20 @@ class Config:
         return min(self.blocks.block_kv // 2, self.p)
 
     def memory(self, return_lse: bool) -> Memory:
-        stages, block_kv = self.blocks.num_stages, self.blocks.block_kv
-
-        def tiled(*shape, lanes=64):
-            """Tiles of 8 rows, swizzled, as wgmma and the copy engine take it; a wgmma sums over `lanes` at a time."""
-            transforms = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-            return plgpu.SMEM(shape, self.dtype, transforms=transforms)
-
+        stages, block_kv, dtype = self.blocks.num_stages, self.blocks.block_kv, self.dtype
         memory = Memory(
-            q=tiled(COMPUTE_WARPGROUPS, BLOCK_Q, self.H),
-            k=tiled(stages, block_kv, self.H),
-            v=tiled(stages, block_kv, self.H),
+            q=tiled(COMPUTE_WARPGROUPS, BLOCK_Q, self.H, dtype=dtype),
+            k=tiled(stages, block_kv, self.H, dtype=dtype),
+            v=tiled(stages, block_kv, self.H, dtype=dtype),
             lse=plgpu.SMEM((COMPUTE_WARPGROUPS, BLOCK_Q), jnp.float32) if return_lse else None,
         )
         if not self.r:
             return memory
-        low_rank = tiled(stages, padded_rank(self.r), block_kv, lanes=self.low_rank_lanes)
-        return memory._replace(low_rank=low_rank, lora_b=tiled(padded_rank(self.r), self.H, lanes=16))
+        R = padded_rank(self.r)
+        return memory._replace(
+            low_rank=tiled(stages, R, block_kv, dtype=dtype, swizzle=2 * self.low_rank_lanes),
+            lora_b=tiled(R, self.H, dtype=dtype, swizzle=32),
+        )
 
     def barriers(self) -> Barriers:
         stages = self.blocks.num_stages

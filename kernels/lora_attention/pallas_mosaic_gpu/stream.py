@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from lragent_jax.kernels.hopper import interpreter
 from lragent_jax.kernels.lora_attention.arguments import LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import attend, finish, hand_over, join
@@ -62,11 +63,6 @@ class Refs:
 
     def __init__(self, **refs):
         self.__dict__.update(refs)
-
-
-def interpreter(interpret: bool) -> dict:
-    """What `plgpu.kernel` takes to run interpreted, races detected. Public from JAX 0.11.2 on."""
-    return {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
 
 
 def items_of_lane(refs, lane, shapes: Shapes, ask, run, end=lambda num_blocks: None) -> None:

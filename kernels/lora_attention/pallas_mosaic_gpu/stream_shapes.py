@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lragent_jax.kernels.hopper import SHARED_MEMORY
+from lragent_jax.kernels.hopper import SHARED_MEMORY, tiled
 
 BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 keys are one 128-byte row of low-rank
 LANES = 128  # threads of a warpgroup, one f32 each
@@ -127,12 +127,6 @@ class Shapes:
     @property
     def record(self) -> int:
         return self.aux_lane + LANES
-
-
-def tiled(*shape: int, dtype, swizzle: int = 128):
-    """A buffer in shared memory in the layout that TMA writes and wgmma reads."""
-    lanes = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(swizzle)))
 
 
 def scratch(s: Shapes, dtype) -> dict:

@@ -9,7 +9,9 @@ from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 
 
-def refuse(x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
+def refuse(
+    x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...], gated: bool
+) -> None:
     """Nothing is refused."""
 
 

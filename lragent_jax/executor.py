@@ -14,9 +14,9 @@ from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, Loaded
 from lragent_jax.adapter_runs import AdapterRuns
 from lragent_jax.chunks import Chunk, bucket_for, plan_chunks
 from lragent_jax.flat_tree import FlatTree
-from lragent_jax.generation import NEVER, Slots
+from lragent_jax.generation import Slots
 from lragent_jax.kernels.lora_attention.dispatch import default_platform, platforms_of
-from lragent_jax.models.cache_view import PageTable, RecomputedPages
+from lragent_jax.models.cache_view import NEVER, PageTable, RecomputedPages
 from lragent_jax.models.errors import InputError, LRAgentError, OutOfPagesError
 from lragent_jax.page_run import HOLE, PageRun
 from lragent_jax.paged_cache import Claim, PagedCache
@@ -25,6 +25,10 @@ from lragent_jax.sampling import SamplingArrays
 from lragent_jax.scheduler import batch_size
 from lragent_jax.sharing import PoolName, Sharing
 from lragent_jax.trajectory import Trajectory
+
+LEAST_LAST_ONLY = 256
+"""Tokens of a chunk from which on its last layer makes nothing of those in front of the last but keys and values: a
+layer's attention and MLP, for some ten small kernels more."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -247,11 +251,12 @@ class Executor:
         return logits
 
     def run_chunks(
-        self, rows: Sequence[Row], chunks: Sequence[Chunk[AdapterRuns] | None]
+        self, rows: Sequence[Row], chunks: Sequence[Chunk[AdapterRuns] | None], *, last_only: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states [B, T, D].
+        """One chunk of every row that has one, in one program; the last logits [B, V] and hidden states.
 
-        A chunk may run under another adapter than its row, to rebuild what that one wrote.
+        Those are of all tokens, [B, T, D], unless `last_only` lets the program leave them out. A chunk may run under
+        another adapter than its row, to rebuild what that one wrote.
         """
         batch = batch_size(len(rows))
         num_tokens = bucket_for(max(chunk.num_tokens for chunk in chunks if chunk), self.prefill_buckets)
@@ -265,7 +270,7 @@ class Executor:
             _set_write_from(table, b, chunk.runs, chunk.write_from)
             adapter_ids[b] = _runner(chunk).bank_row
         write_base = any(chunk.write_from[0] < chunk.stop for chunk in chunks if chunk)
-        logits, hidden = self.run_prefill(tokens, adapter_ids, table, write_base)
+        logits, hidden = self.run_prefill(tokens, adapter_ids, table, write_base, last_only)
         for chunk in chunks:
             if chunk is not None:
                 _commit(chunk)
@@ -273,9 +278,9 @@ class Executor:
 
     def read_chunk(self, row: Row, chunk: Chunk[AdapterRuns]) -> jax.Array:
         """Runs a chunk of one row; the hidden states [1, T, D] that the row's adapter has there."""
-        _, hidden = self.run_chunks([row], [chunk])
+        _, hidden = self.run_chunks([row], [chunk], last_only=False)
         if row.is_read_apart:
-            _, hidden = self.run_chunks([row], [chunk.query()])
+            _, hidden = self.run_chunks([row], [chunk.query()], last_only=False)
         return hidden
 
     def begin(
@@ -395,9 +400,11 @@ class Executor:
         """
         return self.sharing.skips_base and (self.sharing.mode == "base" or len(self.registry.a_groups) > 1)
 
-    def run_prefill(self, tokens, adapter_ids, table: PageTable, write_base: bool) -> tuple[jax.Array, jax.Array]:
+    def run_prefill(
+        self, tokens, adapter_ids, table: PageTable, write_base: bool, last_only: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """`generation.prefill` over the engine's caches: logits and hidden states."""
-        args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base)
+        args, options = self.prefill_arguments(tokens, adapter_ids, table, write_base, last_only)
         with self.said_of_implementation():
             logits, hidden, self.cache.arrays = generation.prefill(*args, **options)
         return logits, hidden
@@ -422,13 +429,21 @@ class Executor:
         )
 
     def prefill_arguments(
-        self, tokens, adapter_ids, table: PageTable, write_base: bool
+        self, tokens, adapter_ids, table: PageTable, write_base: bool, last_only: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Those of `generation.prefill`."""
+        """Those of `generation.prefill`; of short chunks there is one program, which returns all hidden states."""
         args = (
             self.graphdef, self._flat_params, self.registry.flat_bank, self.cache.arrays, tokens, adapter_ids, table,
         )  # fmt: skip
-        return args, {"write_base": write_base or not self.skips_base, "implementation": self.implementation}
+        return args, {
+            "write_base": write_base or not self.skips_base,
+            "last_only": last_only and self.has_last_only(tokens.shape[1]),
+            "implementation": self.implementation,
+        }
+
+    def has_last_only(self, num_tokens: int) -> bool:
+        """Whether chunks of so many tokens have a program apart for the logits of the last token alone."""
+        return num_tokens >= LEAST_LAST_ONLY
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""

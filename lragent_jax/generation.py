@@ -14,15 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lragent_jax.device_jit import DeviceJit
 from lragent_jax.models.adapter_bank import AdapterBank
-from lragent_jax.models.cache_view import BaseCache, HostOrDevice, LowRankCache, PageTable
+from lragent_jax.models.cache_view import NEVER, BaseCache, HostOrDevice, LowRankCache, PageTable
 from lragent_jax.models.llama import Llama, Params
 from lragent_jax.models.pytree import pytree
 from lragent_jax.models.tensor_parallel import whole
 from lragent_jax.sampling import SamplingArrays, is_stop, sample
-
-NEVER = 2**30
-"""A write-from position beyond every context: the row writes nothing to that table."""
-
 
 _RESIDENT = ("graphdef", "params", "bank", "cache")
 """What programs take that lies on the devices already."""
@@ -46,7 +42,7 @@ def exact_matmuls(params: Params):
 @functools.partial(
     DeviceJit,
     resident=_RESIDENT,
-    static_argnames=("graphdef", "write_base", "implementation"),
+    static_argnames=("graphdef", "write_base", "last_only", "implementation"),
     donate_argnames=("cache",),
 )
 def prefill(
@@ -59,21 +55,26 @@ def prefill(
     table: PageTable,
     *,
     write_base: bool = True,
+    last_only: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B V"], Float[Array, "B T D"], Cache]:
-    """Runs one chunk per row: the logits of each row's last token (f32), all hidden states, and the cache.
+) -> tuple[Float[Array, "B V"], Float[Array, "B S D"], Cache]:
+    """Runs one chunk per row: the logits of each row's last token (f32), hidden states, and the cache.
 
-    `logits` of `unembed` turns hidden states of other positions into scores; rows without new tokens return
-    numbers that mean nothing.
+    Hidden states are those of all T tokens (S = T), which `unembed` turns into scores, or with `last_only` those of
+    each row's last token (S = 1), for which the last layer does less. Rows without new tokens return numbers that mean
+    nothing.
     """
     with exact_matmuls(params):
         model: Llama = nnx.merge(graphdef, params)
         hidden, base, low_rank = model(
             tokens, adapter_ids, table, bank, cache.base, cache.low_rank,
-            write_base=write_base, implementation=implementation,
+            write_base=write_base, last_only=last_only, implementation=implementation,
         )  # fmt: skip
-        last = jnp.clip(table.kv_lens - table.q_starts - 1, 0, tokens.shape[1] - 1)
-        logits = whole(model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]))
+        of_last = hidden
+        if not last_only:
+            slots, _ = table.last_tokens(tokens.shape[1])
+            of_last = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)
+        logits = whole(model.logits(of_last[:, 0]))
     return logits, hidden, Cache(base=base, low_rank=low_rank)
 
 

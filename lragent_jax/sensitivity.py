@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lragent_jax.generation import NEVER, exact_matmuls
+from lragent_jax.generation import exact_matmuls
 from lragent_jax.models.adapter import Adapter
 from lragent_jax.models.adapter_bank import AdapterBank
 from lragent_jax.models.bank_builder import build_bank
-from lragent_jax.models.cache_view import LayerCache, PageTable
+from lragent_jax.models.cache_view import NEVER, LayerCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
 from lragent_jax.models.llama import LayerAdapters, Llama

@@ -59,9 +59,11 @@ class Prefill:
     shape: Shape
     num_tokens: int
     write_base: bool
+    last_only: bool
 
     def __str__(self) -> str:
-        return f"prefill of {self.shape.batch} x {self.num_tokens}"
+        what = "prefill" if self.last_only else "scored prefill"
+        return f"{what} of {self.shape.batch} x {self.num_tokens}"
 
 
 class Warmup:
@@ -89,9 +91,12 @@ class Warmup:
         prefills = shapes(min(batch, most) for batch in batches)
         write_base = (True, False) if executor.skips_base else (True,)
         self.prefills = [
-            Prefill(shape, num_tokens, writes)
+            Prefill(shape, num_tokens, writes, last_only)
             for shape, num_tokens, writes in itertools.product(prefills, executor.prefill_buckets, write_base)
             if shape.batch == 1 or shape.batch * num_tokens <= executor.token_budget
+            for last_only in (
+                (True, False) if scoring and shape.batch == 1 and executor.has_last_only(num_tokens) else (True,)
+            )
         ]
 
     def __call__(self, progress: Progress | None = None) -> WarmupTimes:
@@ -151,14 +156,20 @@ class Warmup:
         executor, batch = self._executor, prefill.shape.batch
         logits, hidden = executor.run_prefill(*self._blank_prefill(prefill))
         executor.begin(logits, [], [], _blank_sampling(batch), [])
-        if batch == 1 and self._scoring:
+        if self._scoring and hidden.shape[:2] == (1, prefill.num_tokens):
             # Not run: all scores of the longest chunk would need gigabytes. On a mesh they lie where XLA has put them.
             generation.unembed.lower(*executor.unembed_arguments(hidden)).compile()
 
     def _blank_prefill(self, prefill: Prefill) -> tuple[Any, ...]:
         batch = prefill.shape.batch
         tokens = np.zeros((batch, prefill.num_tokens), np.int32)
-        return tokens, np.zeros(batch, np.int32), self._blank_table(prefill.shape), prefill.write_base
+        return (
+            tokens,
+            np.zeros(batch, np.int32),
+            self._blank_table(prefill.shape),
+            prefill.write_base,
+            prefill.last_only,
+        )
 
     def _blank_decode(self, shape: Shape) -> "DecodeBatch":
         empty = self._executor.decode_batch([], [], _blank_sampling(shape.batch), shape.batch)

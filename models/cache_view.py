@@ -22,6 +22,9 @@ from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard
 HostOrDevice = jax.Array | np.ndarray
 """Filled in on the host, used on the device."""
 
+NEVER = 2**30
+"""A position that no token reaches: from there on a row writes what it does not write at all."""
+
 
 @pytree
 class BaseCache:
@@ -91,6 +94,18 @@ class PageTable:
     def positions(self, num_tokens: int) -> Int[Array, "B T"]:
         """Position of every query slot, padding included."""
         return self.q_starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+
+    def last_tokens(self, num_tokens: int) -> tuple[Int[Array, " B"], "PageTable"]:
+        """Among the T query slots that of each row's last new token, and the table of those alone, which write nothing.
+
+        A row without new tokens has slot 0, and no token in the table either.
+        """
+        starts = jnp.maximum(self.kv_lens - 1, self.q_starts)
+        table = dataclasses.replace(
+            self, q_starts=starts, base_write_from=jnp.full_like(self.base_write_from, NEVER),
+            low_rank_write_from=jnp.full_like(self.low_rank_write_from, NEVER),
+        )  # fmt: skip
+        return jnp.clip(starts - self.q_starts, 0, num_tokens - 1), table
 
     def read_table(self) -> attention.PageTable:
         """The tables attention reads: the base pages, and the low-rank pages of each row's own A-group."""

@@ -5,7 +5,7 @@ shardings and checkpoints fill in. Caches, page tables and adapters are pytrees 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,14 +170,7 @@ class Attention(nnx.Module):
         residual = None if norm is None else x
         written = written_groups(cache, adapters, table)
         x, low_rank, q, *kv_rows = self.project(x, norm, adapters, written, write_base, implementation)
-        k = v = None
-        if write_base:
-            k, v = (self.heads(y) for y in kv_rows)
-            if not table.num_low_rank_tables:  # merged: the adapters are part of what is cached
-                k, v = (
-                    y + self.heads(adapters.delta(target, x)) if target in adapters.pairs else y
-                    for target, y in (("k", k), ("v", v))
-                )
+        k, v = self.keys_and_values(x, kv_rows, adapters, table)
         q, cache = cache_view.rotate_and_write(
             page_write.Projections(self.heads(q), k, v, self.query_delta(x, low_rank.get("q"), adapters)),
             page_write.Rotation(*rope),
@@ -191,6 +184,41 @@ class Attention(nnx.Module):
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
         ).reshape(*x.shape[:2], -1)
         return self.o(attended, "o", adapters, residual, implementation), cache
+
+    def write(
+        self, x: Float[Array, "B T D"], cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, *,
+        norm: RMSNorm, write_base: bool, implementation: str | None,
+    ) -> LayerCache:  # fmt: skip
+        """What the tokens leave in the cache, and no attention."""
+        written = written_groups(cache, adapters, table)
+        linears = [self.k, self.v] if write_base else []
+        x, *apart = unjoined(norm(x), 1 + len(linears))
+        kv_rows = [linear(y) for linear, y in zip(linears, apart, strict=True)]
+        k, v = self.keys_and_values(x, kv_rows, adapters, table)
+        # There are no queries: keys stand in for them, and what comes of those is dropped.
+        heads = cache.kv.shape[1]
+        q = jnp.zeros((*x.shape[:2], heads, self.config.head_dim), x.dtype) if k is None else k
+        low_rank = {target: adapters.low_rank(target, x, groups) for target, groups in written.items()}
+        _, cache = cache_view.rotate_and_write(
+            page_write.Projections(q, k, v), page_write.Rotation(*rope), page_write.LowRank(**low_rank),
+            cache, table, implementation,
+        )  # fmt: skip
+        return cache
+
+    def keys_and_values(
+        self, x: Float[Array, "B T D"], rows: Sequence[Float[Array, "B T width"]], adapters: LayerAdapters,
+        table: PageTable,
+    ) -> tuple[Float[Array, "B T K H"] | None, Float[Array, "B T K H"] | None]:  # fmt: skip
+        """The base projections of x by heads, if there are any. Merged, the adapters are part of what is cached."""
+        if not rows:
+            return None, None
+        k, v = (self.heads(y) for y in rows)
+        if not table.num_low_rank_tables:
+            k, v = (
+                y + self.heads(adapters.delta(target, x)) if target in adapters.pairs else y
+                for target, y in (("k", k), ("v", v))
+            )
+        return k, v
 
     def project(
         self, x: Float[Array, "B T D"], norm: RMSNorm | None, adapters: LayerAdapters,
@@ -299,6 +327,16 @@ class Block(nnx.Module):
         )
         return self.mlp(x, adapters, self.mlp_norm, implementation), cache
 
+    def write(
+        self, x: Float[Array, "B T D"], cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, *,
+        write_base: bool, implementation: str | None,
+    ) -> LayerCache:  # fmt: skip
+        """What the tokens leave in the cache, for those whose hidden states nobody reads."""
+        return self.attention.write(
+            x, cache, adapters, table, rope, norm=self.attention_norm, write_base=write_base,
+            implementation=implementation,
+        )  # fmt: skip
+
     def packed(self, x: Float[Array, "B T D"], adapters: LayerAdapters, *args) -> Float[Array, "B T D"]:
         """The same over packed rows, without a cache."""
         x = x + self.attention.packed(self.attention_norm(x), adapters, *args)
@@ -309,6 +347,22 @@ class Block(nnx.Module):
 def run_block(graphdef: nnx.GraphDef, params: nnx.State, *args, **kwargs):
     """A block as a function of its weights: layers of one shape are traced and lowered once, and inlined by XLA."""
     return nnx.merge(graphdef, params)(*args, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "write_base", "implementation"))
+def run_last_block(
+    graphdef: nnx.GraphDef, params: nnx.State, x, cache: LayerCache, adapters: LayerAdapters, table: PageTable, rope, *,
+    write_base: bool, implementation: str | None,
+):  # fmt: skip
+    """The block that no other follows, where only each row's last token is read: [B, 1, D], and the cache.
+
+    All tokens leave keys and values there; queries, attention and MLP are those of the tokens that are read.
+    """
+    block: Block = nnx.merge(graphdef, params)
+    cache = block.write(x, cache, adapters, table, rope, write_base=write_base, implementation=implementation)
+    slots, table = table.last_tokens(x.shape[1])
+    x, *rope = (jnp.take_along_axis(y, slots[:, None, None], axis=1) for y in (x, *rope))
+    return block(x, cache, adapters, table, tuple(rope), write_base=False, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "implementation", "saveable"))
@@ -343,13 +397,15 @@ class Llama(nnx.Module):
         low_rank_cache: LowRankCache,
         *,
         write_base: bool = True,
+        last_only: bool = False,
         implementation: str | None = None,
-    ) -> tuple[Float[Array, "B T D"], BaseCache, LowRankCache]:
+    ) -> tuple[Float[Array, "B S D"], BaseCache, LowRankCache]:
         """Runs the tokens at positions [q_start, kv_len) of their rows.
 
         `write_base=False` skips the base projections of K and V, for tokens whose base pages exist: only low-rank
         pages are written then. Returns normalised hidden states in the parameters' dtype (those of padding mean
-        nothing) and the caches with the tokens in them.
+        nothing), of all tokens (S = T) or with `last_only` of each row's last (S = 1), and the caches with the tokens
+        in them.
         """
         rope = rotation(table.positions(tokens.shape[1]), inverse_frequencies(self.config))
         x = look_up(self.embed[...], tokens)
@@ -361,7 +417,8 @@ class Llama(nnx.Module):
                 low_rank_k=None if low_rank_cache.k is None else low_rank_cache.k[i],
             )
             adapters = LayerAdapters(pairs=bank.layers[i], group_of=bank.group_of, adapter_ids=adapter_ids)
-            x, cache = run_block(
+            is_last = last_only and i == len(self.layers) - 1
+            x, cache = (run_last_block if is_last else run_block)(
                 *nnx.split(block), x, cache, adapters, table.of_layer(i), rope,
                 write_base=write_base, implementation=implementation,
             )  # fmt: skip

@@ -43,6 +43,14 @@ hypothesis.settings.register_profile("search", deadline=None, database=None, pri
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def chunks_of_tests_are_long():
+    """The tests' longer chunks run as long ones do: their last layer makes what is asked of the last token."""
+    from lragent_jax import executor  # not before the variables above are set
+
+    executor.LEAST_LAST_ONLY = 16
+
+
 @pytest.fixture(autouse=True)
 def keep_no_program_of_an_absent_device(request):
     """A program compiled for a device that is not there cannot be read back: nothing is written in the first place."""

@@ -71,6 +71,18 @@ def expand(low_rank: Float[Array, "B T r"], lora_b: Float[Array, "B r out_width"
     return jnp.einsum("btr,bro->bto", low_rank, lora_b)
 
 
+def own_shrink(
+    x: Float[Array, "B T in_width"],
+    pair: LoraPair,
+    group_of: Int[Array, " A"] | None,
+    adapter_ids: Int[Array, " B"] | None,
+) -> Float[Array, "B T r"]:
+    """X A, each row with its adapter's A; without `adapter_ids` or groups, with the only one there is."""
+    if group_of is None or adapter_ids is None:
+        return jnp.einsum("btd,dr->btr", x, pair.lora_a[0])
+    return shrink_by_group(x, pair.lora_a, group_of[adapter_ids])
+
+
 def lora_delta(
     x: Float[Array, "B T in_width"],
     pair: LoraPair,
@@ -85,9 +97,10 @@ def lora_delta(
     if adapter_ids is not None and adapter_ids.ndim == 2:
         low_rank = jnp.einsum("btd,adr->btar", x, pair.lora_a)
         return jnp.einsum("btar,aro->bto", own_part(low_rank, adapter_ids, pair.lora_b.shape[0]), pair.lora_b)
+    low_rank = own_shrink(x, pair, group_of, adapter_ids)
     if group_of is None or adapter_ids is None:
-        return jnp.einsum("btr,ro->bto", jnp.einsum("btd,dr->btr", x, pair.lora_a[0]), pair.lora_b[0])
-    return expand(shrink_by_group(x, pair.lora_a, group_of[adapter_ids]), pair.lora_b[adapter_ids])
+        return jnp.einsum("btr,ro->bto", low_rank, pair.lora_b[0])
+    return expand(low_rank, pair.lora_b[adapter_ids])
 
 
 def own_part(

@@ -17,7 +17,7 @@ from lragent_jax.kernels import page_update, page_write
 from lragent_jax.kernels.lora_attention.dispatch import default_platform
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.pytree import pytree, static
-from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard
+from lragent_jax.models.tensor_parallel import HEADS, POOL, WHOLE, per_shard, shapes_per_shard
 
 HostOrDevice = jax.Array | np.ndarray
 """Filled in on the host, used on the device."""
@@ -124,6 +124,10 @@ class LayerCache:
     low_rank_v: Float[Array, "P_lr r_v p"] | None
     low_rank_k: Float[Array, "P_lr r_k p"] | None
 
+    @property
+    def pools(self) -> page_write.Pools:
+        return page_write.Pools(self.kv, self.low_rank_v, self.low_rank_k)
+
 
 def _token_slots(
     page_indices: Int[HostOrDevice, "B W"],
@@ -152,6 +156,33 @@ def token_slots(table: PageTable, num_tokens: int, page_size: int) -> page_write
     )
 
 
+IN_POOLS = page_write.Pools(POOL, WHOLE, WHOLE)
+IN_PROJECTIONS = page_write.Projections(HEADS, HEADS, HEADS, HEADS)
+
+
+def _platform(implementation: str | None) -> str | None:
+    """What kind of page write comes with attention's `implementation`: that of "gpu" or "tpu", or XLA's."""
+    return {None: default_platform(), "pallas_mosaic_gpu": "gpu", "pallas_mosaic_tpu": "tpu"}.get(implementation)
+
+
+def _page_writes(implementation: str | None) -> tuple[str, ...]:
+    """Those that are tried."""
+    return page_write.ON_GPUS if _platform(implementation) == "gpu" else ("xla",)
+
+
+def expands_queries(
+    projections: page_write.Projections,
+    low_rank: page_write.LowRank,
+    cache: LayerCache,
+    implementation: str | None,
+    rank: int,
+) -> bool:
+    """Whether `rotate_and_write` of these had better be given what adapters add to q as an Expansion of that rank."""
+    specs = (IN_PROJECTIONS, WHOLE, IN_POOLS)
+    projections, low_rank, pools = shapes_per_shard(specs, (projections, low_rank, cache.pools))
+    return page_write.expands(projections, low_rank, pools, rank, implementations=_page_writes(implementation))
+
+
 def rotate_and_write(
     projections: page_write.Projections,
     rotation: page_write.Rotation,
@@ -165,18 +196,15 @@ def rotate_and_write(
     `low_rank`: the tokens' X A for each of the g tables. `implementation` is attention's: the page write that comes
     with it is done where it can be, and XLA's elsewhere.
     """
-    platform = {None: default_platform(), "pallas_mosaic_gpu": "gpu", "pallas_mosaic_tpu": "tpu"}.get(implementation)
-    pools = page_write.Pools(cache.kv, cache.low_rank_v, cache.low_rank_k)
-    if platform == "tpu":
+    pools = cache.pools
+    if _platform(implementation) == "tpu":
         low_rank, pools = _write_pages_in_place(low_rank, pools, table)
-    implementations = page_write.ON_GPUS if platform == "gpu" else ("xla",)
-    write = functools.partial(page_write.rotate_and_write, implementations=implementations)
-    in_pools = page_write.Pools(POOL, WHOLE, WHOLE)
-    in_projections = page_write.Projections(HEADS, HEADS, HEADS, HEADS)
+    write = functools.partial(page_write.rotate_and_write, implementations=_page_writes(implementation))
+    in_projections = IN_PROJECTIONS
     if isinstance(projections.q_delta, page_write.Expansion):
         in_projections = in_projections._replace(q_delta=page_write.Expansion(WHOLE, HEADS, WHOLE))
     slots = token_slots(table, projections.q.shape[1], cache.kv.shape[2])
-    q, pools = per_shard(write, (in_projections, WHOLE, WHOLE, WHOLE, in_pools), (HEADS, in_pools))(
+    q, pools = per_shard(write, (in_projections, WHOLE, WHOLE, WHOLE, IN_POOLS), (HEADS, IN_POOLS))(
         projections, rotation, low_rank, slots, pools
     )
     return q, LayerCache(**pools._asdict())

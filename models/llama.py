@@ -19,7 +19,14 @@ from lragent_jax.kernels import page_write
 from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.rotary import rotate
 from lragent_jax.models import cache_view
-from lragent_jax.models.adapter_bank import AdapterBank, LoraPair, expand_by_head, lora_delta, shrink_by_group
+from lragent_jax.models.adapter_bank import (
+    AdapterBank,
+    LoraPair,
+    expand_by_head,
+    lora_delta,
+    own_shrink,
+    shrink_by_group,
+)
 from lragent_jax.models.cache_view import BaseCache, LayerCache, LowRankCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.hashed_graph import HashedGraph
@@ -63,6 +70,12 @@ class LayerAdapters:
         if target not in self.pairs:
             return 0.0
         return lora_delta(x, self.pairs[target], self.group_of.get(target), self.adapter_ids)
+
+    def own_shrink(self, target: str, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T r"], Int[Array, " B"]]:
+        """X A of each row's adapter, and whose B it is to be multiplied by; not where adapters go by token."""
+        groups, ids = self.group_of.get(target), self.adapter_ids
+        low_rank = own_shrink(x, self.pairs[target], groups, ids)
+        return low_rank, jnp.zeros(x.shape[0], jnp.int32) if groups is None or ids is None else ids
 
     def low_rank(self, target: str, x: Float[Array, "B T D"], group_ids: Int[Array, "g B"]) -> Float[Array, "g B T r"]:
         """X A of every A-group a row writes."""
@@ -171,14 +184,17 @@ class Attention(nnx.Module):
         written = written_groups(cache, adapters, table)
         x, low_rank, q, *kv_rows = self.project(x, norm, adapters, written, write_base, implementation)
         k, v = self.keys_and_values(x, kv_rows, adapters, table)
+        projections = page_write.Projections(self.heads(q), k, v)
+        new = page_write.LowRank(**{
+            target: low_rank[target] if target in low_rank else adapters.low_rank(target, x, groups)
+            for target, groups in written.items()
+        })  # fmt: skip
+        if "q" in adapters.pairs:
+            expands = functools.partial(cache_view.expands_queries, projections, new, cache, implementation)
+            delta = self.query_delta(x, low_rank.get("q"), adapters, expands)
+            projections = projections._replace(q_delta=delta)
         q, cache = cache_view.rotate_and_write(
-            page_write.Projections(self.heads(q), k, v, self.query_delta(x, low_rank.get("q"), adapters)),
-            page_write.Rotation(*rope),
-            page_write.LowRank(**{
-                target: low_rank[target] if target in low_rank else adapters.low_rank(target, x, groups)
-                for target, groups in written.items()
-            }),
-            cache, table, implementation,
+            projections, page_write.Rotation(*rope), new, cache, table, implementation
         )  # fmt: skip
         attended = cache_view.attend(
             q, cache, adapters.pairs, table, adapters.adapter_ids, inv_freq, implementation
@@ -243,16 +259,20 @@ class Attention(nnx.Module):
         return x, {}, *(linear(y) for linear, y in zip(linears, apart, strict=True))
 
     def query_delta(
-        self, x: Float[Array, "B T D"], low_rank: Float[Array, "1 B T r"] | None, adapters: LayerAdapters
-    ) -> Float[Array, "B T N H"] | page_write.Expansion | None:
-        """What the adapters add to q; of x, or of the X A that there is."""
-        if "q" not in adapters.pairs:
-            return None
-        if low_rank is None:
-            return self.heads(adapters.delta("q", x))
+        self, x: Float[Array, "B T D"], low_rank: Float[Array, "1 B T r"] | None, adapters: LayerAdapters,
+        expands: Callable[[int], bool],
+    ) -> Float[Array, "B T N H"] | page_write.Expansion:  # fmt: skip
+        """What the adapters add to q; of x, or of the X A that there is. `expands`: whether the page write had better
+        make it of an X A of that rank.
+        """
         lora_b = adapters.pairs["q"].lora_b
-        by_head = lora_b.reshape(*lora_b.shape[:2], -1, self.config.head_dim)
-        return page_write.Expansion(low_rank[0], by_head, adapters.adapter_ids)
+        if low_rank is not None:
+            own, ids = low_rank[0], adapters.adapter_ids
+        elif adapters.by_token is None and expands(lora_b.shape[1]):
+            own, ids = adapters.own_shrink("q", x)
+        else:
+            return self.heads(adapters.delta("q", x))
+        return page_write.Expansion(own, lora_b.reshape(*lora_b.shape[:2], -1, self.config.head_dim), ids)
 
     def packed(
         self, x: Float[Array, "B T D"], adapters: LayerAdapters, rope, mask: Bool[Array, "B 1 T T"],

@@ -5,6 +5,8 @@ page pools and attention's kernels would gather the pools, looking up embeddings
 step, and the adapters of o and down would cost an all-reduce of their own.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +59,17 @@ def per_shard(function: Callable, in_specs: tuple[Any, ...], out_specs: Any) -> 
     if not is_sharded():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False)
+
+
+def shapes_per_shard(specs: Any, arguments: Any) -> Any:
+    """Shapes and dtypes of what each device's `function` is given by `per_shard`, of arguments with these specs."""
+    sizes = {AXIS: num_shards()}
+
+    def cut(spec: PartitionSpec, x):
+        shape = (size // sizes.get(axis, 1) for size, axis in itertools.zip_longest(x.shape, spec))
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    return jax.tree.map(lambda spec, xs: jax.tree.map(functools.partial(cut, spec), xs), specs, arguments)
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
 """RoPE and page write as one kernel, against a loop over tokens and against the scatters, and in a compiled model."""
 
 import dataclasses
+import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import aot
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+from lragent_jax import generation
 from lragent_jax.kernels import page_write
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.page_write import Expansion, LowRank, Pools, Projections, Rotation, Slots, pallas_mosaic_gpu
+from lragent_jax.measure.tpu_programs import Workload, model_mesh
 from lragent_jax.models import cache_view
 from lragent_jax.models.cache_view import LayerCache, PageTable
+from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.matrix_product import FEW_ROWS
 
 THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
@@ -43,6 +48,7 @@ class Case:
     delta: bool = True
     adapters: tuple[int, ...] = ()
     """Whose B's q's part is made of, by row; else, with `delta`, it is given."""
+    r_q: int = 8
     base: bool = True
 
     @property
@@ -65,6 +71,15 @@ CASES = (
     Case("rows of three adapters", rows=((15, 16, 0, (0,)), (3, 4, 0, (0,)), (0, 1, 0, (0,))), T=1, adapters=(3, 0, 1)),
     Case("one row, an adapter for two tokens", rows=((7, 9, 0, ()),), T=2, H=128, r_v=0, N=4, adapters=(2,)),
     Case("an adapter on q, only low-rank pages", rows=((9, 10, 0, (2,)),), T=1, N=4, K=4, adapters=(1,), base=False),
+    Case("an adapter on q, nothing is written", rows=((9, 11, 0, ()),), T=2, r_v=0, adapters=(1,), base=False),
+    Case("a large rank on q", rows=((3, 6, 0, (0,)), (0, 3, 0, (0,))), T=3, adapters=(2, 4), r_q=24),
+    Case("groups of one token", rows=((14, 18, 0, (0,)), (-1, 3, 1, (NEVER,))), T=5, adapters=(3, 1), r_q=16),
+    Case(
+        "groups of four", rows=((14, 25, 0, (20,)), (0, 12, 8, (0,)), (5, 5, 0, (0,)), (1, 13, 0, (0,))), T=12, H=128,
+        adapters=(4, 0, 2, 1), r_q=16, K=2, N=4, p=32,
+    ),
+    Case("groups of sixteen", rows=((3, 35, 0, (0,)), (0, 30, 8, (4,))), T=32, adapters=(2, 3)),
+    Case("a group per row, wide heads", rows=((0, 16, 0, (0,)), (8, 24, 0, (0,))), T=16, H=128, N=4, adapters=(1, 4)),
     Case("only low-rank pages", rows=((1, 4, 0, (2,)),), T=3, N=4, K=4, base=False),
 )  # fmt: skip
 
@@ -118,10 +133,11 @@ def make(case: Case) -> Call:
         k = v = None
     delta = delta if case.delta else None
     if case.adapters:
-        lora_b = rng.standard_normal((5, 8, case.N, case.H))
+        # Small beside q: a delta of 2 or more that is rounded the other way is off by more than the tolerance.
+        lora_b = rng.standard_normal((5, case.r_q, case.N, case.H)) * 0.5 * case.r_q**-0.5
         lora_b[0] = 0
         lora_b[np.setdiff1d(np.arange(5), case.adapters)] = np.nan
-        low = amid_nan(rng.standard_normal((B, T, 8)), (0, 1, 2))
+        low = amid_nan(rng.standard_normal((B, T, case.r_q)), (0, 1, 2))
         delta = Expansion(low, jnp.asarray(lora_b, jnp.bfloat16), jnp.asarray(case.adapters, jnp.int32))
     angles = (positions[..., None] * 0.7 ** np.arange(case.H // 2)).astype(np.float32)
     new = LowRank(v=low_rank(case.r_v), k=low_rank(case.r_k))
@@ -193,15 +209,95 @@ def test_scatters_put_tokens_where_the_table_says_and_nowhere_else(case):
     check(case, run(make(case), "xla"))
 
 
-@in_interpreter
-@pytest.mark.parametrize("few", [256, 0], ids=["few tokens", "many tokens"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernel_puts_tokens_where_the_table_says_and_nowhere_else(case, few, monkeypatch, capsys):
-    monkeypatch.setattr(pallas_mosaic_gpu, "FEW_TOKENS", few)
+@pytest.fixture
+def few_tokens(monkeypatch, request) -> Iterator[None]:
+    """Up to how many are few; and no other implementation than the kernel is tried."""
+    monkeypatch.setattr(pallas_mosaic_gpu, "FEW_TOKENS", request.param)
     monkeypatch.setattr(page_write, "ON_GPUS", ("pallas_mosaic_gpu",))
     jax.clear_caches()  # the constant is no argument of the function that is traced once
+    yield
+    jax.clear_caches()
+
+
+@in_interpreter
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("few_tokens", [256, 0], ids=["few tokens", "many tokens"], indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernel_puts_tokens_where_the_table_says_and_nowhere_else(case, capsys):
     check(case, run(make(case), "pallas_mosaic_gpu"))
     assert "RACE" not in capsys.readouterr().out
+
+
+def of_the_first_row(original):
+    return lambda s, expansion, token, *rest: original(s, expansion, 0 * token, *rest)
+
+
+def across_rows(original):
+    return lambda B, T, rank: math.gcd(B * T, 16)
+
+
+@in_interpreter
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("few_tokens", [0], indirect=True)
+@pytest.mark.parametrize(("function", "mutant"), [("rows_of_b", of_the_first_row), ("group_size", across_rows)])
+def test_a_group_that_takes_another_rows_adapter_is_seen(function, mutant, monkeypatch):
+    case = next(case for case in CASES if case.name == "groups of four")
+    monkeypatch.setattr(pallas_mosaic_gpu, function, mutant(getattr(pallas_mosaic_gpu, function)))
+    with pytest.raises(AssertionError):
+        check(case, run(make(case), "pallas_mosaic_gpu"))
+
+
+def prefill_of_a_model(page_writes: tuple[str, ...], monkeypatch) -> tuple[list[np.ndarray], set[type]]:
+    """Hidden states and pools behind a prefill of two rows of two adapters; and what came as what is added to q."""
+    config = LlamaConfig(
+        vocab_size=64, width=64, mlp_width=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=64,
+        rope_theta=1e4, norm_eps=1e-5, context_length=64,
+    )  # fmt: skip
+    workload = Workload(
+        config=config, mesh=model_mesh(jax.devices()[:1]), rank=8, batch=2, tokens=24, page_size=16, pages=4, width=2,
+    )  # fmt: skip
+    rng, given = np.random.default_rng(2), set()
+
+    def drawn(x):
+        return (
+            jnp.asarray(rng.standard_normal(x.shape) * 0.2, x.dtype) if x.dtype == jnp.bfloat16 else jnp.zeros_like(x)
+        )
+
+    params, bank, cache, tokens, _, _ = workload.arguments("prefill")
+    params, bank, cache = (jax.tree.map(drawn, tree) for tree in (params, bank, cache))
+    bank = dataclasses.replace(bank, group_of={**bank.group_of, "q": jnp.arange(4)})
+    pages = np.arange(4, dtype=np.int32).reshape(2, 2)
+    table = dataclasses.replace(
+        workload.table(), kv_lens=np.array([24, 20], np.int32), base=pages, low_rank=pages[None]
+    )
+    rotate_and_write = page_write.rotate_and_write
+
+    def recorded(projections, *args, **kwargs):
+        given.add(type(projections.q_delta))
+        return rotate_and_write(projections, *args, **kwargs)
+
+    monkeypatch.setattr(page_write, "rotate_and_write", recorded)
+    monkeypatch.setattr(cache_view, "_page_writes", lambda implementation: page_writes)
+    jax.clear_caches()
+    tokens = rng.integers(0, 64, tokens.shape, np.int32)
+    with interpreted():
+        results = generation.prefill(
+            workload.params()[0], params, bank, cache, tokens, np.array([3, 1], np.int32), table, implementation="xla"
+        )
+    monkeypatch.undo()
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(results)], given
+
+
+@in_interpreter
+def test_a_prefill_leaves_to_the_kernel_what_adapters_add_to_queries(monkeypatch):
+    want, given = prefill_of_a_model(("xla",), monkeypatch)
+    assert Expansion not in given
+    monkeypatch.setattr(pallas_mosaic_gpu, "FEW_TOKENS", 16)
+    got, given = prefill_of_a_model(("pallas_mosaic_gpu",), monkeypatch)
+    assert given == {Expansion}
+    for x, wanted in zip(got, want, strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_allclose(x, wanted, atol=0.05 * np.abs(wanted).max())
 
 
 def test_a_token_of_padding_cannot_reach_a_page_even_by_a_wrong_slot():
@@ -274,6 +370,23 @@ def test_an_implementation_that_does_not_exist_is_named():
         shapes_of((), arguments())
 
 
+@pytest.mark.parametrize(
+    ("changes", "rank", "wanted"),
+    [
+        ({"T": 160}, 8, True),
+        ({"T": 160}, 16, True),
+        ({"T": 160}, 24, False),  # B is too large for registers
+        ({"T": 162}, 8, False),  # loaded again for every other token
+        ({"T": 128}, 8, False),  # few
+        ({"T": 160, "p": 256}, 8, False),  # the scatters do it
+    ],
+)
+def test_queries_are_expanded_where_the_kernel_does_it_well(changes, rank, wanted):
+    projections, _, low_rank, _, pools = arguments(**changes)
+    assert page_write.expands(projections, low_rank, pools, rank, implementations=page_write.ON_GPUS) == wanted
+    assert not page_write.expands(projections, low_rank, pools, rank)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("program", "batch", "tokens"), [("decode", 1, 1), ("decode", 8, 1), ("prefill", 1, 16), ("prefill", 1, 320)]
@@ -289,7 +402,22 @@ def test_a_layer_writes_its_pages_by_one_kernel_in_place(program, batch, tokens)
 
 
 @pytest.mark.aot
-def test_a_chunk_of_prefill_joins_no_weights_and_pads_no_queries():
+@pytest.mark.parametrize(("H", "rank"), [(64, 8), (64, 16), (128, 8), (128, 16)])
+def test_many_tokens_with_an_expansion_compile(H, rank):
+    projections, *rest = arguments(N=32, K=8, H=H, T=160, p=64)
+    shapes = {"low_rank": (2, 160, rank), "lora_b": (4, rank, 32, H)}
+    arrays: Any = {name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in shapes.items()}
+    ids: Any = jax.ShapeDtypeStruct((2,), "int32")
+    projections = projections._replace(q_delta=Expansion(**arrays, adapter_ids=ids))
+
+    def write(*args):
+        return page_write.rotate_and_write(*args, implementations=("pallas_mosaic_gpu",))
+
+    assert f"rotate_and_write_h{H}" in aot.text_of(aot.compile_for(aot.h100(), write, projections, *rest))
+
+
+@pytest.mark.aot
+def test_a_chunk_of_prefill_joins_no_weights_pads_no_queries_and_makes_no_array_to_add_to_them():
     """A chunk that is no multiple of the attention kernel's tile, and larger than what XLA may join products for."""
     tokens = 320
     assert tokens % 128
@@ -298,3 +426,4 @@ def test_a_chunk_of_prefill_joins_no_weights_and_pads_no_queries():
     assert not re.search(r"= \(?bf16\[1024,(2048|2064)\]\S*( fusion| concatenate)", text)  # [W_q | W_k | W_v (| A)]
     assert "bf16[1,384,8,128]" not in text
     assert "bf16[1,384,1024]" not in text
+    assert not re.search(r"bf16\[320,8\]\S*, \S+ bf16\[8,1024\]\S*\) -> ", text)

@@ -1,6 +1,7 @@
 """RoPE and the page write as one operation: what callers call, the checks on it, and who does it."""
 
 import importlib
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -34,13 +35,30 @@ def rotate_and_write(
       NotImplementedError: none of `implementations` can; the reason of each.
     """
     check(projections, low_rank, slots, pools)
+    return of_the_first("rotate_and_write", implementations, projections, rotation, low_rank, slots, pools)
+
+
+def expands(
+    projections: Projections, low_rank: LowRank, pools: Pools, rank: int, *, implementations: tuple[str, ...] = ("xla",)
+) -> bool:
+    """Whether `q_delta` had better be an `Expansion` of that rank: what would run makes it, and faster than XLA.
+
+    Args:
+      projections, low_rank, pools: those of one call of `rotate_and_write`, on one device, without a `q_delta`; or
+        their shapes and dtypes.
+    """
+    return of_the_first("expands", implementations, projections, low_rank, pools, rank)
+
+
+def of_the_first(function: str, implementations: tuple[str, ...], *args) -> Any:
+    """What `function` of the first of `implementations` returns that does not raise NotImplementedError."""
     reasons = []
     for name in implementations:
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"no implementation of the page write is called {name!r}; there are {IMPLEMENTATIONS}")
         module = importlib.import_module(f"{__package__}.{name}")
         try:
-            return module.rotate_and_write(projections, rotation, low_rank, slots, pools)
+            return getattr(module, function)(*args)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"no implementation of the page write fits: {'; '.join(reasons) or 'none was named'}")

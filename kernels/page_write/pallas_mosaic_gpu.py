@@ -1,5 +1,8 @@
 """RoPE and the page write in one kernel for NVIDIA Hopper: one warpgroup per token, nothing but loads and stores.
 
+Where q's part is made of many tokens' X A, a warpgroup rotates one block of heads of a group of tokens: it loads B
+once. An array of that part would be written and read again, each as large as q.
+
 Heads are taken in blocks, the two halves of a head as two arrays of registers, so that a rotation is arithmetic
 between registers of one thread. Cosines and sines lie in memory once per head of a block: a load that repeats them for
 every head has no layout. Pools go in and out as the same memory, and only slots of tokens that are written are touched.
@@ -8,7 +11,7 @@ every head has no layout. Pools go in and out as the same memory, and only slots
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +31,11 @@ MAX_HEADS = 8  # of a block
 MOST_TOKENS = 2**20  # of one call; more are left to others
 RANKS_AT_ONCE = 8  # rows of a B that are under way before the first is multiplied
 FEW_TOKENS = 256  # up to here every block of heads is a program of its own: waiting times overlap
+MAX_GROUP = 16  # tokens whose q's part is made of the same B in registers
+TOKENS_AT_ONCE = 2  # of a group, under way before the first is rotated; twice as many where B takes most registers
+WARPGROUPS = 2  # of a program where tokens are in groups: neighbouring blocks of heads find angles in the L1 cache
+MIN_GROUP = 8  # where that pays: every group loads B again
+MAX_RANK = 16  # of a B that is held in registers
 
 # JAX 0.10 asks for an index beside the reference, 0.12 takes none.
 _idx = inspect.signature(plgpu.load).parameters.get("idx")
@@ -53,7 +61,9 @@ class Inputs(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What a kernel is compiled for. heads: of a block. few: the heads of one token are divided among programs."""
+    """What a kernel is compiled for. heads: of a block. few: the heads of one token are divided among programs. group:
+    tokens that one program makes q's part of with one B in registers, a block of heads at a time; else 0.
+    """
 
     N: int
     K: int
@@ -63,6 +73,7 @@ class Shapes(NamedTuple):
     ranks: tuple[int, int]  # of low-rank values and keys that are written, or 0
     base: bool  # whether k and v are written
     few: bool
+    group: int
     interpret: bool
 
     @property
@@ -70,9 +81,23 @@ class Shapes(NamedTuple):
         return self.N // self.heads
 
     @property
-    def parts(self) -> int:
-        """Programs per token: its blocks of query heads, and the pools that it is written to."""
-        return self.blocks + self.base + sum(rank > 0 for rank in self.ranks)
+    def pools(self) -> int:
+        """That a token is written to."""
+        return self.base + sum(rank > 0 for rank in self.ranks)
+
+    def query_parts(self, M: int) -> int:
+        """Where tokens are in groups: how many warpgroups rotate queries. Behind them, one per token writes pages."""
+        return M // self.group * self.blocks
+
+    def mesh(self, M: int) -> plgpu.Mesh:
+        if self.group:
+            programs = pl.cdiv(self.query_parts(M) + (M if self.pools else 0), WARPGROUPS)
+            return plgpu.Mesh(
+                grid=(programs,), grid_names=("program",), num_threads=WARPGROUPS, thread_name="warpgroup"
+            )
+        if self.few:
+            return plgpu.Mesh(grid=(self.blocks + self.pools, M), grid_names=("part", "token"))
+        return plgpu.Mesh(grid=(M,), grid_names=("token",))
 
     def load(self, ref) -> jax.Array:
         """`ref` [heads, lanes] in registers, some neighbouring lanes per thread."""
@@ -86,6 +111,10 @@ class Shapes(NamedTuple):
         """x[i] and x[i + H/2] of a block of heads, f32."""
         half, heads = self.H // 2, pl.ds(first_head, self.heads)
         return [self.load(ref.at[token, heads, pl.ds(lane, half)]).astype(jnp.float32) for lane in (0, half)]
+
+    def angles(self, inputs: Inputs, token) -> list[jax.Array]:
+        """Cosines and sines of a token, for a half of every head of a block."""
+        return [self.load(inputs.angles.at[token, i]) for i in range(2)]
 
     def low_rank(self, inputs: Inputs, target: int, table: int, token) -> list[jax.Array]:
         """The token's numbers of low-rank values (target 0) or keys (1)."""
@@ -101,39 +130,81 @@ def rotated(x: list[jax.Array], angles) -> tuple[jax.Array, jax.Array]:
     return first * cos - second * sin, second * cos + first * sin
 
 
-def expanded(s: Shapes, expansion: Expansion, dtype, token, first_head) -> list[jax.Array]:
-    """(X A) B of a token, of a block of heads, as the halves of q: summed in f32, rounded to `dtype`."""
+def rows_of_b(s: Shapes, expansion: Expansion, token, first_head, ranks: range) -> list[list[jax.Array]]:
+    """These rows of the B of a token's adapter, of a block of heads, as the halves of q."""
     # As XLA reads: what does not exist is another's, and attention makes it no number.
     adapter = jnp.clip(expansion.adapter_ids[token], 0, expansion.lora_b.shape[0] - 1)
+    return [s.halves(expansion.lora_b.at[adapter], i, first_head) for i in ranks]
+
+
+def low_rank_of(expansion: Expansion, token, ranks: range) -> list[jax.Array]:
+    return [expansion.low_rank[token, i].astype(jnp.float32) for i in ranks]
+
+
+def multiplied(numbers, matrix, total: Sequence[jax.Array] = ()) -> list[jax.Array]:
+    """`total`, if there is one, and numbers · matrix, f32."""
+    for number, halves in zip(numbers, matrix, strict=True):
+        products = [number * half for half in halves]
+        total = [x + y for x, y in zip(total, products, strict=True)] if total else products
+    return list(total)
+
+
+def expanded(s: Shapes, expansion: Expansion, token, first_head) -> list[jax.Array]:
+    """(X A) B of a token, of a block of heads, as the halves of q: summed in f32."""
     rank, total = expansion.low_rank.shape[1], []
     for first in range(0, rank, RANKS_AT_ONCE):
         ranks = range(first, min(first + RANKS_AT_ONCE, rank))
-        matrix = [s.halves(expansion.lora_b.at[adapter], i, first_head) for i in ranks]
-        numbers = [expansion.low_rank[token, i].astype(jnp.float32) for i in ranks]
-        for number, halves in zip(numbers, matrix, strict=True):
-            products = [number * half for half in halves]
-            total = [x + y for x, y in zip(total, products, strict=True)] if total else products
-    return [half.astype(dtype).astype(jnp.float32) for half in total]
+        matrix = rows_of_b(s, expansion, token, first_head, ranks)
+        total = multiplied(low_rank_of(expansion, token, ranks), matrix, total)
+    return total
+
+
+def store_rotated(s: Shapes, q_out, token, block, q, deltas, angles) -> None:
+    """RoPE(q + deltas) of a block of heads; what is added is rounded, and so is its sum with q."""
+    for delta in deltas:
+        rounded = [half.astype(q_out.dtype).astype(jnp.float32) for half in delta]
+        q = [(x + dx).astype(q_out.dtype).astype(jnp.float32) for x, dx in zip(q, rounded, strict=True)]
+    for lane, x in zip((0, s.H // 2), rotated(q, angles), strict=True):
+        q_out[token, pl.ds(block * s.heads, s.heads), pl.ds(lane, s.H // 2)] = x.astype(q_out.dtype)
 
 
 def rotate_queries(s: Shapes, inputs: Inputs, q_out, token, blocks) -> Callable[[], None]:
     """These blocks of heads of one token are loaded; what comes back rotates and stores them."""
-    angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
+    angles = s.angles(inputs, token)
     loaded = [
         [s.halves(x, token, block * s.heads) for x in (inputs.q, inputs.q_delta) if x is not None] for block in blocks
     ]
     if inputs.expansion is not None:
         for block, parts in zip(blocks, loaded, strict=True):
-            parts.append(expanded(s, inputs.expansion, q_out.dtype, token, block * s.heads))
+            parts.append(expanded(s, inputs.expansion, token, block * s.heads))
 
     def store():
         for block, (q, *deltas) in zip(blocks, loaded, strict=True):
-            for delta in deltas:  # rounded as the sum that it is
-                q = [(x + dx).astype(q_out.dtype).astype(jnp.float32) for x, dx in zip(q, delta, strict=True)]
-            for lane, x in zip((0, s.H // 2), rotated(q, angles), strict=True):
-                q_out[token, pl.ds(block * s.heads, s.heads), pl.ds(lane, s.H // 2)] = x.astype(q_out.dtype)
+            store_rotated(s, q_out, token, block, q, deltas, angles)
 
     return store
+
+
+def rotate_group(s: Shapes, inputs: Inputs, q_out, group, block) -> None:
+    """One block of heads of a group's tokens, which are of one row: B of its adapter is loaded once."""
+    first, ranks = group * s.group, range(inputs.expansion.low_rank.shape[1])
+    matrix = rows_of_b(s, inputs.expansion, first, block * s.heads, ranks)
+    at_once = math.gcd(s.group, TOKENS_AT_ONCE if len(ranks) <= RANKS_AT_ONCE else 2 * TOKENS_AT_ONCE)
+
+    def rotate_some(step, _):
+        tokens = [first + step * at_once + i for i in range(at_once)]
+        loaded = [
+            (
+                s.halves(inputs.q, token, block * s.heads),
+                s.angles(inputs, token),
+                low_rank_of(inputs.expansion, token, ranks),
+            )
+            for token in tokens
+        ]
+        for token, (q, angles, numbers) in zip(tokens, loaded, strict=True):
+            store_rotated(s, q_out, token, block, q, [multiplied(numbers, matrix)], angles)
+
+    lax.fori_loop(0, s.group // at_once, rotate_some, None)
 
 
 def where_written(slots, table: int, token, pool, write) -> None:
@@ -151,7 +222,7 @@ def write_base(s: Shapes, inputs: Inputs, pool, token) -> Callable[[], None]:
     k, k_head, v, v_head = inputs.k, 0, inputs.v, 0
     if k is None:
         k, k_head, v, v_head = inputs.q, s.N, inputs.q, s.N + s.K
-    angles = [s.load(inputs.angles.at[token, i]) for i in range(2)]
+    angles = s.angles(inputs, token)
     blocks = range(0, s.K, s.heads)
     loaded = [(s.halves(k, token, k_head + i), s.load(v.at[token, pl.ds(v_head + i, s.heads)])) for i in blocks]
 
@@ -181,19 +252,34 @@ def write_low_rank(s: Shapes, inputs: Inputs, target: int, pool, token) -> Calla
     return store
 
 
-def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
-    """Everything that a program needs is under way before it waits for any of it, where it goes to included."""
-    token = lax.axis_index("token")
+def page_writes(s: Shapes, inputs: Inputs, pools: Pools, token) -> list[Callable[[], Callable[[], None]]]:
+    """What there is to write of a token, each to a pool."""
     tasks = [functools.partial(write_base, s, inputs, pools.kv, token)] if s.base else []
     for target, pool in enumerate((pools.low_rank_v, pools.low_rank_k)):
         if pool is not None:
             tasks.append(functools.partial(write_low_rank, s, inputs, target, pool, token))
+    return tasks
+
+
+def run_together(tasks) -> None:
+    for store in [task() for task in tasks]:
+        store()
+
+
+def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
+    """Everything that a program needs is under way before it waits for any of it, where it goes to included."""
+    if s.group:
+        M = q_out.shape[0]
+        part = lax.axis_index("program") * WARPGROUPS + lax.axis_index("warpgroup")
+        group, block = lax.div(part, jnp.int32(s.blocks)), lax.rem(part, jnp.int32(s.blocks))
+        token = part - s.query_parts(M)
+        pl.when(token < 0)(lambda: rotate_group(s, inputs, q_out, group, block))
+        pl.when((token >= 0) & (token < M))(lambda: run_together(page_writes(s, inputs, pools, token)))
+        return
+    token = lax.axis_index("token")
+    tasks = page_writes(s, inputs, pools, token)
     if not s.few:
-        stores = [
-            task() for task in (functools.partial(rotate_queries, s, inputs, q_out, token, range(s.blocks)), *tasks)
-        ]
-        for store in stores:
-            store()
+        run_together([functools.partial(rotate_queries, s, inputs, q_out, token, range(s.blocks)), *tasks])
         return
     part = lax.axis_index("part")
     pl.when(part < s.blocks)(lambda: rotate_queries(s, inputs, q_out, token, [part])())
@@ -204,6 +290,14 @@ def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
 def heads_of_block(N: int, K: int) -> int:
     """As many as divide both kinds of heads."""
     return math.gcd(N, K, MAX_HEADS)
+
+
+def group_size(B: int, T: int, rank: int) -> int:
+    """Tokens whose q's part is made with one B in registers, of one row all of them, hence of one adapter.
+
+    0 where tokens are few, or B is too large for that: there every token loads it.
+    """
+    return math.gcd(T, MAX_GROUP) if B * T > FEW_TOKENS and rank <= MAX_RANK else 0
 
 
 def refuse(projections: Projections, pools: Pools, low_rank: LowRank) -> None:
@@ -223,6 +317,13 @@ def refuse(projections: Projections, pools: Pools, low_rank: LowRank) -> None:
     if not 16 <= kv.shape[2] <= 128:
         raise NotImplementedError(f"page size {kv.shape[2]}: it is written for 16 to 128")
     refuse_other_gpus()
+
+
+def expands(projections: Projections, low_rank: LowRank, pools: Pools, rank: int) -> bool:
+    """See `api.expands`. Of few tokens XLA adds what it has made of them in a kernel that there is anyway."""
+    refuse(projections, pools, low_rank)
+    B, T = projections.q.shape[:2]
+    return group_size(B, T, rank) >= MIN_GROUP
 
 
 def make_inputs(
@@ -256,10 +357,12 @@ def call(
 ) -> tuple[Float[Array, "B T N H"], Pools]:
     B, T, N, H = projections.q.shape
     K = pools.kv.shape[1]
+    q_delta = projections.q_delta
+    group = group_size(B, T, q_delta.low_rank.shape[2]) if isinstance(q_delta, Expansion) else 0
     s = Shapes(
         N, K, H, heads=heads_of_block(N, K), tables=0 if slots.low_rank is None else slots.low_rank.shape[0],
         ranks=tuple(0 if x is None else x.shape[-1] for x in low_rank), base=projections.k is not None,
-        few=B * T <= FEW_TOKENS, interpret=interpret,
+        few=B * T <= FEW_TOKENS, group=group, interpret=interpret,
     )  # fmt: skip
     inputs = make_inputs(projections, rotation, low_rank, slots, s.heads, s.few)
     given = (projections.k, *low_rank)
@@ -275,9 +378,7 @@ def call(
     kernel = pl.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B * T, N, H), projections.q.dtype),
-        mesh=plgpu.Mesh(
-            grid=(s.parts, B * T) if s.few else (B * T,), grid_names=("part", "token") if s.few else ("token",)
-        ),
+        mesh=s.mesh(B * T),
         # Nothing is read that was written before: there is nothing to wait for. Its layouts are written down: the
         # solver that the other semantics bring would only find them again, slowly.
         compiler_params=plgpu.CompilerParams(

@@ -23,6 +23,11 @@ def rotate_and_write(
     return q, pools
 
 
+def expands(projections: Projections, low_rank: LowRank, pools: Pools, rank: int) -> bool:
+    """See `api.expands`."""
+    return False
+
+
 def is_in_pool(slots: Int32[Array, "*tokens"], num_slots: int) -> Bool[Array, "*tokens"]:
     return (slots >= 0) & (slots < num_slots)
 

@@ -1,7 +1,5 @@
 """Which GPUs the Mosaic GPU kernels are for, what those have, and what all of these kernels are made with."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,19 +13,10 @@ ptxas_version.ask_once()  # all of those kernels import this module, directly or
 
 def refuse_other_gpus() -> None:
     """Raises NotImplementedError on a machine with a GPU that is no NVIDIA Hopper or newer."""
-    _refuse_unless(lambda capability: capability >= 9.0, "NVIDIA Hopper and newer")
-
-
-def refuse_all_but_hopper() -> None:
-    """The same where newer ones are refused, too: wgmma is Hopper's alone."""
-    _refuse_unless(lambda capability: capability == 9.0, "NVIDIA Hopper")
-
-
-def _refuse_unless(fits: Callable[[float], bool], whose: str) -> None:
     if jax.default_backend() == "gpu":
         capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
-        if not capability[0].isdigit() or not fits(float(capability)):
-            raise NotImplementedError(f"compute capability {capability}: it is written for {whose}")
+        if not capability[0].isdigit() or float(capability) < 9.0:
+            raise NotImplementedError(f"compute capability {capability}: it is written for NVIDIA Hopper and newer")
 
 
 def tiled(*shape: int, dtype, swizzle: int = 128):

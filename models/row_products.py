@@ -35,7 +35,7 @@ def row_products(
     `per_shard`, products of its shards. A residual is for the caller to add there, behind the sum over shards.
     """
     B, T, width = x.shape
-    if not dispatch.is_by_default(B * T, gated) or is_cut_otherwise():
+    if B * T > dispatch.MOST_ROWS_BY_DEFAULT or is_cut_otherwise():
         return None
     if implementation not in (None, "pallas_mosaic_gpu") or (residual is not None and not dispatch.RESIDUAL_BY_DEFAULT):
         return None
@@ -48,7 +48,7 @@ def row_products(
     cuts = 1 if is_per_shard() else shards
     of_shard = tuple(jax.ShapeDtypeStruct((width, weight.shape[1] // cuts), weight.dtype) for weight in weights)
     try:
-        chosen = dispatch.choose(implementation, rows, of_shard, by, by_row, gated)
+        chosen = dispatch.choose(implementation, rows, of_shard, by, by_row)
     except NotImplementedError:
         return None
     if chosen == "xla":

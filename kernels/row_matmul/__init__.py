@@ -1,4 +1,4 @@
-"""Rows times weights, with the norm before and what comes behind: of few rows in a decode step, of many in an MLP."""
+"""Few rows times weights, with the norm before and what comes behind: what a decode step does around its attention."""
 
 from lragent_jax.kernels.row_matmul.api import row_matmul
 from lragent_jax.kernels.row_matmul.arguments import Norm, Shrink

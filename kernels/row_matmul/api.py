@@ -1,4 +1,4 @@
-"""Rows times weights: what callers call, and the checks on what they pass."""
+"""Few rows times weights: what callers call, and the checks on what they pass."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def row_matmul(
     shrinks: Sequence[Shrink] = (),
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
-    """f(x) W for every W of `weights`: of few rows any products, of many those of a gate and its input.
+    """f(x) W for every W of `weights`, where the weights' bytes are what it takes: each is read once.
 
     f is RMSNorm where `norm` is given, else nothing. Products are summed in f32 and rounded to x's dtype, and what
     follows takes the rounded numbers and rounds to x's dtype again.
@@ -52,7 +52,7 @@ def row_matmul(
         raise ValueError(f"gated needs two weights of one shape, not {[weight.shape for weight in weights]}")
     if residual is not None and len(weights) > 1 and not gated:
         raise ValueError(f"residual is given with {len(weights)} weights; it can be added to one result only")
-    chosen = choose(implementation, x, weights, norm, shrinks, gated)
+    chosen = choose(implementation, x, weights, norm, shrinks)
     return run(
         chosen, x, weights, norm=norm, keep_normed=keep_normed, gated=gated, residual=residual, shrinks=shrinks
     )  # fmt: skip

@@ -17,8 +17,6 @@ IMPLEMENTATIONS = {"pallas_mosaic_gpu": ("gpu",), "xla": ("cpu", "gpu", "tpu")}
 # 167.2 and 168.3, of sixteen 169.1 and 176.7. What a step of several rows gains, adapters and all, was not measured;
 # eight tokens' prefill gained nothing. `scripts/profile_step.py` times both: "products of a decode step".
 MOST_ROWS_BY_DEFAULT = 1
-# From how many rows on models take it for gate, up and SwiGLU; the MLP is all that many rows go through it for.
-FEWEST_GATED_ROWS_BY_DEFAULT = 1024
 # How many devices a model may be cut for. A block of the kernel makes 64 columns: those of an eighth of q, k and v fill
 # a tenth of an H100. Two H200 took as long with XLA's products while all-reduces cut a step into pieces; since then the
 # two were not compared, and nothing was measured beyond two.
@@ -33,9 +31,8 @@ def load(name: str) -> ModuleType:
 
 
 def choose(
-    name: str | None, x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = (),
-    gated: bool = False,
-) -> str:  # fmt: skip
+    name: str | None, x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()
+) -> str:
     """The name of the implementation that runs. One that was asked for runs or raises, and never falls back.
 
     Shapes and dtypes are all that is looked at.
@@ -49,13 +46,13 @@ def choose(
             raise ValueError(
                 f"no implementation of row_matmul is called {name!r}; there are: {', '.join(IMPLEMENTATIONS)}"
             )
-        load(name).refuse(x, weights, norm, shrinks, gated)
+        load(name).refuse(x, weights, norm, shrinks)
         return name
     platform = default_platform()
     for candidate, platforms in IMPLEMENTATIONS.items():
         if platform in platforms:
             try:
-                load(candidate).refuse(x, weights, norm, shrinks, gated)
+                load(candidate).refuse(x, weights, norm, shrinks)
             except NotImplementedError:
                 continue
             return candidate
@@ -65,8 +62,3 @@ def choose(
 def run(name: str, *args, **kwargs) -> tuple[Array, ...]:
     with jax.named_scope(f"row_matmul_{name}"):
         return load(name).row_matmul(*args, **kwargs)
-
-
-def is_by_default(rows: int, gated: bool) -> bool:
-    """Whether models take another implementation than XLA's for products of so many rows."""
-    return rows <= MOST_ROWS_BY_DEFAULT or (gated and rows >= FEWEST_GATED_ROWS_BY_DEFAULT)

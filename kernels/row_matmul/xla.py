@@ -9,9 +9,7 @@ from lragent_jax.kernels.rms_norm import rms_norm
 from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
 
 
-def refuse(
-    x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...], gated: bool
-) -> None:
+def refuse(x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
     """Nothing is refused."""
 
 

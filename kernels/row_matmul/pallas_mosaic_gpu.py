@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from lragent_jax.kernels.hopper import interpreter, refuse_all_but_hopper, tiled
+from lragent_jax.kernels.hopper import interpreter, tiled
 from lragent_jax.kernels.interpret import is_interpreted
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import load
 from lragent_jax.kernels.row_matmul.arguments import Described, Norm, Shrink
-from lragent_jax.kernels.row_matmul.pallas_mosaic_gpu.few_rows_shapes import LANES, TILE, BlockSizes, Shapes, heuristic
+from lragent_jax.kernels.row_matmul.gpu_shapes import LANES, TILE, BlockSizes, Shapes, heuristic
 
 MAX_ROWS = 16
 RANKS = (8, 16, 32, 64)  # of A that its own blocks multiply by
@@ -373,9 +373,7 @@ def call(x, weights, scale, residual, shrinks, *, s: Shapes):
 call_once = jax.jit(call, static_argnames="s")  # traced and lowered once for all layers of a model
 
 
-def refuse(
-    x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...], gated: bool
-) -> None:
+def refuse(x: Array, weights: tuple[Described, ...], norm: Norm | None, shrinks: tuple[Shrink, ...] = ()) -> None:
     """Raises NotImplementedError for what the kernel was not written for."""
     if x.dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(f"dtype {x.dtype}: the matrix unit takes bfloat16 and float16")
@@ -391,7 +389,10 @@ def refuse(
         raise NotImplementedError(f"ranks {wrong}: it is written for {RANKS}")
     if shrinks and x.shape[1] % 256:
         raise NotImplementedError(f"A of {x.shape[1]} rows: multiples of 256 fill its registers")
-    refuse_all_but_hopper()
+    if jax.default_backend() == "gpu":
+        capability = jax.devices("gpu")[0].compute_capability  # AMD's are names: gfx942
+        if not capability[0].isdigit() or float(capability) != 9.0:
+            raise NotImplementedError(f"compute capability {capability}: it is written for NVIDIA Hopper")
 
 
 def row_matmul(
@@ -406,7 +407,7 @@ def row_matmul(
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, ...]:
     """See `api.row_matmul`."""
-    refuse(x, weights, norm, shrinks, gated)
+    refuse(x, weights, norm, shrinks)
     shapes = Shapes(
         rows=x.shape[0],
         width=x.shape[1],

@@ -32,10 +32,10 @@ MOST_TOKENS = 2**20  # of one call; more are left to others
 RANKS_AT_ONCE = 8  # rows of a B that are under way before the first is multiplied
 FEW_TOKENS = 256  # up to here every block of heads is a program of its own: waiting times overlap
 MAX_GROUP = 16  # tokens whose q's part is made of the same B in registers
-TOKENS_AT_ONCE = 2  # of a group, under way before the first is rotated; twice as many where B takes most registers
+TOKENS_AT_ONCE = 2  # of a group, under way before the first is rotated
 WARPGROUPS = 2  # of a program where tokens are in groups: neighbouring blocks of heads find angles in the L1 cache
 MIN_GROUP = 8  # where that pays: every group loads B again
-MAX_RANK = 16  # of a B that is held in registers
+MAX_RANK = 8  # of a B that is held in registers: of rank 16 too few programs fit, and XLA's array costs no more
 
 # JAX 0.10 asks for an index beside the reference, 0.12 takes none.
 _idx = inspect.signature(plgpu.load).parameters.get("idx")
@@ -189,7 +189,7 @@ def rotate_group(s: Shapes, inputs: Inputs, q_out, group, block) -> None:
     """One block of heads of a group's tokens, which are of one row: B of its adapter is loaded once."""
     first, ranks = group * s.group, range(inputs.expansion.low_rank.shape[1])
     matrix = rows_of_b(s, inputs.expansion, first, block * s.heads, ranks)
-    at_once = math.gcd(s.group, TOKENS_AT_ONCE if len(ranks) <= RANKS_AT_ONCE else 2 * TOKENS_AT_ONCE)
+    at_once = math.gcd(s.group, TOKENS_AT_ONCE)
 
     def rotate_some(step, _):
         tokens = [first + step * at_once + i for i in range(at_once)]

@@ -21,7 +21,8 @@ from lragent_jax.models.bank_builder import build_bank
 from lragent_jax.models.cache_view import NEVER, LayerCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
-from lragent_jax.models.llama import LayerAdapters, Llama
+from lragent_jax.models.layer_adapters import LayerAdapters
+from lragent_jax.models.llama import Llama
 from lragent_jax.models.rope import inverse_frequencies, rotation
 from lragent_jax.recording import Recording
 

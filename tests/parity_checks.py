@@ -15,7 +15,7 @@ from tolerances import assert_close
 from lragent_jax.engine import Engine
 from lragent_jax.models.cache_view import LayerCache, PageTable
 from lragent_jax.models.folder import read_model
-from lragent_jax.models.llama import LayerAdapters
+from lragent_jax.models.layer_adapters import LayerAdapters
 from lragent_jax.models.rope import inverse_frequencies, rotation
 
 Results = Mapping[str, np.ndarray]

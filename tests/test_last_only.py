@@ -12,6 +12,14 @@ from lragent_jax.models.llama import Block
 from lragent_jax.sharing import SHARING_MODES
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_traced():
+    """Neither what was traced before nor, behind a test, what it traced: its wrong layers are no one else's."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def run(mode: str, least: int, monkeypatch, **options) -> tuple[list[np.ndarray], list[list[int]], int]:
     """Logits and tokens of three agents' turns over a growing context and of a batch of unequal ones, and how often a
     layer was traced that only writes."""

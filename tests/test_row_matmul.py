@@ -20,7 +20,8 @@ from lragent_jax.models import row_products
 from lragent_jax.models.adapter_bank import LoraPair
 from lragent_jax.models.cache_view import LayerCache, PageTable
 from lragent_jax.models.config import LlamaConfig
-from lragent_jax.models.llama import LayerAdapters, random_params
+from lragent_jax.models.layer_adapters import LayerAdapters
+from lragent_jax.models.llama import random_params
 from lragent_jax.models.rope import inverse_frequencies, rotation
 
 EPS = 1e-5

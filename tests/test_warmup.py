@@ -46,8 +46,9 @@ def test_every_program_is_compiled_once_in_threads_and_none_where_it_runs(compil
     engine = tiny_engine("none", num_pages=73, prefill_buckets=(41,))  # passes that no other test has
     times = engine.warmup()
     names = ("prefill", "decode", "begin", "unembed")
-    assert times.num_programs == len(names) + 1, "a first token is drawn, or it is the likeliest"
-    assert [len(compilations[name]) for name in names[:2]] == [1, 1]
+    # A chunk is scored, or only its last token is asked for; a first token is drawn, or it is the likeliest.
+    assert times.num_programs == len(names) + 2
+    assert [len(compilations[name]) for name in names[:2]] == [2, 1]
     assert len(compilations["begin"]) <= 2, "another test may have had the same"
     assert len(compilations["unembed"]) <= 1
     assert all(thread.startswith("compile") for name in names for thread in compilations[name])
@@ -111,9 +112,12 @@ def test_a_batch_shrinks_to_the_smallest_when_few_are_left():
 
 def test_what_a_warm_up_leaves_out():
     def prefills(warmup: Warmup) -> list[tuple[int, int, bool]]:
-        return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills]
+        return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills if each.last_only]
 
     engine = tiny_engine("base", prefill_tokens=64)
+    scored = [each for each in warmup(engine, (1, 3)).prefills if not each.last_only]
+    assert [(each.shape.batch, each.num_tokens) for each in scored] == [(1, 32)] * 2  # alone, and long enough
+    assert all(each.last_only for each in warmup(engine, scoring=False).prefills)
     both = [(1, 8, True), (1, 8, False), (1, 32, True), (1, 32, False)]
     assert prefills(warmup(engine)) == both
     of_three = [(4, 8, True), (4, 8, False)]  # 4 x 32 are more than the budget

@@ -18,7 +18,7 @@ from lragent_jax.models.adapter_bank import expand, shrink_by_group
 from lragent_jax.models.bank_builder import build_bank
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
-from lragent_jax.models.llama import LayerAdapters
+from lragent_jax.models.layer_adapters import LayerAdapters
 from lragent_jax.models.packed_rows import PackedRows
 from lragent_jax.models.rope import inverse_frequencies, rotation
 from lragent_jax.recording import Recording

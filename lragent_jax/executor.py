@@ -26,10 +26,6 @@ from lragent_jax.scheduler import batch_size
 from lragent_jax.sharing import PoolName, Sharing
 from lragent_jax.trajectory import Trajectory
 
-LEAST_LAST_ONLY = 256
-"""Tokens of a chunk from which on its last layer makes nothing of those in front of the last but keys and values: a
-layer's attention and MLP, for some ten small kernels more."""
-
 
 @dataclasses.dataclass(eq=False)
 class Row(AdapterRuns):
@@ -429,7 +425,7 @@ class Executor:
         )
 
     def prefill_arguments(
-        self, tokens, adapter_ids, table: PageTable, write_base: bool, last_only: bool = True
+        self, tokens, adapter_ids, table: PageTable, write_base: bool, last_only: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `generation.prefill`; of short chunks there is one program, which returns all hidden states."""
         args = (
@@ -437,13 +433,9 @@ class Executor:
         )  # fmt: skip
         return args, {
             "write_base": write_base or not self.skips_base,
-            "last_only": last_only and self.has_last_only(tokens.shape[1]),
+            "last_only": last_only and generation.has_last_only(tokens.shape[1]),
             "implementation": self.implementation,
         }
-
-    def has_last_only(self, num_tokens: int) -> bool:
-        """Whether chunks of so many tokens have a program apart for the logits of the last token alone."""
-        return num_tokens >= LEAST_LAST_ONLY
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 [1, T, V] of one row's hidden states [1, T, D]."""

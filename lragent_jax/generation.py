@@ -39,6 +39,16 @@ def exact_matmuls(params: Params):
     return contextlib.nullcontext()
 
 
+LEAST_LAST_ONLY = 256
+"""Tokens of a chunk from which on its last layer makes nothing of those in front of the last but keys and values: a
+layer's attention and MLP, for some ten small kernels more."""
+
+
+def has_last_only(num_tokens: int) -> bool:
+    """Whether the engine prefills chunks of so many tokens with `last_only`, unless all of them are to be scored."""
+    return num_tokens >= LEAST_LAST_ONLY
+
+
 @functools.partial(
     DeviceJit,
     resident=_RESIDENT,

@@ -54,7 +54,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """One program: so many tokens of every row, that write base pages or only low-rank ones."""
+    """One program: so many tokens of every row, that write base pages or only low-rank ones.
+
+    last_only: of long chunks, whether only the last token's hidden states are made. Scoring asks for all of them.
+    """
 
     shape: Shape
     num_tokens: int
@@ -62,14 +65,15 @@ class Prefill:
     last_only: bool
 
     def __str__(self) -> str:
-        what = "prefill" if self.last_only else "scored prefill"
-        return f"{what} of {self.shape.batch} x {self.num_tokens}"
+        scored = generation.has_last_only(self.num_tokens) and not self.last_only
+        return f"{'scored ' * scored}prefill of {self.shape.batch} x {self.num_tokens}"
 
 
 class Warmup:
     """The programs of batches of these sizes, over contexts of at most `max_tokens` (by default the model's longest).
 
-    Without `scoring` those are left out that only scoring a recorded output takes.
+    Without `scoring` those are left out that only scoring a recorded output takes: scores, and of every long chunk a
+    second program, which makes the hidden states of all of its tokens.
     """
 
     def __init__(
@@ -94,9 +98,8 @@ class Warmup:
             Prefill(shape, num_tokens, writes, last_only)
             for shape, num_tokens, writes in itertools.product(prefills, executor.prefill_buckets, write_base)
             if shape.batch == 1 or shape.batch * num_tokens <= executor.token_budget
-            for last_only in (
-                (True, False) if scoring and shape.batch == 1 and executor.has_last_only(num_tokens) else (True,)
-            )
+            for last_only in (True, False)
+            if last_only == generation.has_last_only(num_tokens) or (not last_only and scoring and shape.batch == 1)
         ]
 
     def __call__(self, progress: Progress | None = None) -> WarmupTimes:
@@ -156,7 +159,7 @@ class Warmup:
         executor, batch = self._executor, prefill.shape.batch
         logits, hidden = executor.run_prefill(*self._blank_prefill(prefill))
         executor.begin(logits, [], [], _blank_sampling(batch), [])
-        if self._scoring and hidden.shape[:2] == (1, prefill.num_tokens):
+        if batch == 1 and self._scoring and not prefill.last_only:
             # Not run: all scores of the longest chunk would need gigabytes. On a mesh they lie where XLA has put them.
             generation.unembed.lower(*executor.unembed_arguments(hidden)).compile()
 

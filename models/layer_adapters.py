@@ -31,7 +31,7 @@ class LayerAdapters:
             return 0.0
         return lora_delta(x, self.pairs[target], self.group_of.get(target), self.adapter_ids)
 
-    def own_shrink(self, target: str, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T r"], Int[Array, " B"]]:
+    def own_low_rank(self, target: str, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T r"], Int[Array, " B"]]:
         """X A of each row's adapter, and whose B it is to be multiplied by; not where adapters go by token."""
         groups, ids = self.group_of.get(target), self.adapter_ids
         low_rank = own_shrink(x, self.pairs[target], groups, ids)

@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         x, *apart = unjoined(norm(x), 1 + len(linears))
         kv_rows = [linear(y) for linear, y in zip(linears, apart, strict=True)]
         k, v = self.keys_and_values(x, kv_rows, adapters, table)
-        # There are no queries: keys stand in for them, and what comes of those is dropped.
+        # There are no queries: keys, or zeros, stand in for them, and what comes of those is dropped.
         heads = cache.kv.shape[1]
         q = jnp.zeros((*x.shape[:2], heads, self.config.head_dim), x.dtype) if k is None else k
         low_rank = {target: adapters.low_rank(target, x, groups) for target, groups in written.items()}
@@ -220,7 +220,7 @@ class Attention(nnx.Module):
         if low_rank is not None:
             own, ids = low_rank[0], adapters.adapter_ids
         elif adapters.by_token is None and expands(lora_b.shape[1]):
-            own, ids = adapters.own_shrink("q", x)
+            own, ids = adapters.own_low_rank("q", x)
         else:
             return self.heads(adapters.delta("q", x))
         return page_write.Expansion(own, lora_b.reshape(*lora_b.shape[:2], -1, self.config.head_dim), ids)

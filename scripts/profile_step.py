@@ -333,8 +333,9 @@ def whole_pass(setting: Pass) -> Callable[[], jax.Array]:
 
     def run() -> jax.Array:
         logits, _, state[0] = generation.prefill(
-            graphdef, params, bank, state[0], tokens, ids, table, implementation=setting.implementation
-        )
+            graphdef, params, bank, state[0], tokens, ids, table,
+            last_only=generation.has_last_only(setting.T), implementation=setting.implementation,
+        )  # fmt: skip
         return logits
 
     return run

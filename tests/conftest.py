@@ -46,9 +46,11 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(autouse=True, scope="session")
 def chunks_of_tests_are_long():
     """The tests' longer chunks run as long ones do: their last layer makes what is asked of the last token."""
-    from lragent_jax import executor  # not before the variables above are set
+    from lragent_jax import generation  # not before the variables above are set
 
-    executor.LEAST_LAST_ONLY = 16
+    least, generation.LEAST_LAST_ONLY = generation.LEAST_LAST_ONLY, 16
+    yield
+    generation.LEAST_LAST_ONLY = least
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lragent_jax import executor
+from lragent_jax import generation
 from lragent_jax.engine import Engine
 from lragent_jax.models.adapter import random_adapter
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.llama import abstract_params
 
-executor.LEAST_LAST_ONLY = 16  # also where no fixture does it: these processes are not pytest's
+generation.LEAST_LAST_ONLY = 16  # also where no fixture does it: these processes are not pytest's
 
 CONFIG = LlamaConfig(
     num_layers=1, width=64, mlp_width=128, num_heads=8, num_kv_heads=4, head_dim=8, vocab_size=256, context_length=128

@@ -48,7 +48,9 @@ def test_no_program_copies_a_page_pool(mode):
     engine = tiny_engine(mode, agents(), num_pages=611, num_low_rank_pages=667, num_recomputed_pages=641)
     executor, cache = engine._executor, engine._cache.arrays
     table = executor.blank_table(1, executor.widths(1)[0], executor.low_rank_table_counts()[0])
-    prefill, of_prefill = executor.prefill_arguments(np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True)
+    prefill, of_prefill = executor.prefill_arguments(
+        np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True, True
+    )
     batch = executor.decode_batch([], [], sampling_arrays([], [], (), 1), 1)
     decode, of_decode = executor.decode_arguments(batch, 4)
     pools = {",".join(map(str, pool.shape)) for pool in jax.tree.leaves(cache)}

@@ -112,12 +112,17 @@ def test_a_batch_shrinks_to_the_smallest_when_few_are_left():
 
 def test_what_a_warm_up_leaves_out():
     def prefills(warmup: Warmup) -> list[tuple[int, int, bool]]:
-        return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills if each.last_only]
+        return [(each.shape.batch, each.num_tokens, each.write_base) for each in warmup.prefills if not is_scored(each)]
+
+    def is_scored(prefill) -> bool:
+        return str(prefill).startswith("scored")
 
     engine = tiny_engine("base", prefill_tokens=64)
-    scored = [each for each in warmup(engine, (1, 3)).prefills if not each.last_only]
+    every = warmup(engine, (1, 3)).prefills
+    scored = [each for each in every if is_scored(each)]
     assert [(each.shape.batch, each.num_tokens) for each in scored] == [(1, 32)] * 2  # alone, and long enough
-    assert all(each.last_only for each in warmup(engine, scoring=False).prefills)
+    assert {each.num_tokens for each in every if each.last_only} == {32}
+    assert not any(is_scored(each) for each in warmup(engine, scoring=False).prefills)
     both = [(1, 8, True), (1, 8, False), (1, 32, True), (1, 32, False)]
     assert prefills(warmup(engine)) == both
     of_three = [(4, 8, True), (4, 8, False)]  # 4 x 32 are more than the budget
@@ -241,11 +246,15 @@ def test_layers_share_one_trace_and_one_function(monkeypatch):
     engine = Engine(FIVE_LAYERS, *random_params(FIVE_LAYERS, "float32"), {}, sharing="none", num_pages=29, page_size=8)
     executor = engine._executor
     table = executor.blank_table(1, executor.widths(1)[0], 0)
-    args, options = executor.prefill_arguments(np.zeros((1, 8), np.int32), np.zeros(1, np.int32), table, True)
-    text = generation.prefill.lower(*args, **options).as_text()
-    assert len(calls) == 1
-    assert text.count("func.func private @run_block") == 1
-    assert text.count("call @run_block(") == 5
+    for num_tokens, alike in ((8, 5), (32, 4)):  # of a long chunk the last layer is another function
+        calls.clear()
+        tokens = np.zeros((1, num_tokens), np.int32)
+        args, options = executor.prefill_arguments(tokens, np.zeros(1, np.int32), table, True, last_only=True)
+        text = generation.prefill.lower(*args, **options).as_text()
+        assert len(calls) == 1 + (alike < 5)
+        assert text.count("func.func private @run_block") == 1
+        assert text.count("call @run_block(") == alike
+        assert text.count("call @run_last_block(") == 5 - alike
 
 
 @pytest.mark.parametrize("saveable", [None, jax.checkpoint_policies.dots_saveable])

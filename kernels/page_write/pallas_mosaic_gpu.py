@@ -1,7 +1,7 @@
-"""RoPE and the page write in one kernel for NVIDIA Hopper: one warpgroup per token, nothing but loads and stores.
+"""RoPE and the page write in one kernel for NVIDIA Hopper: one warpgroup per token, mostly loads and stores.
 
-Where q's part is made of many tokens' X A, a warpgroup rotates one block of heads of a group of tokens: it loads B
-once. An array of that part would be written and read again, each as large as q.
+Where what adapters add to q is made here, of many tokens' X A, a warpgroup rotates one block of heads of a group of
+tokens: it loads B once. An array of what is added would be written and read again, as large as q.
 
 Heads are taken in blocks, the two halves of a head as two arrays of registers, so that a rotation is arithmetic
 between registers of one thread. Cosines and sines lie in memory once per head of a block: a load that repeats them for
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
 class Shapes(NamedTuple):
     """What a kernel is compiled for. heads: of a block. few: the heads of one token are divided among programs. group:
-    tokens that one program makes q's part of with one B in registers, a block of heads at a time; else 0.
+    tokens that a warpgroup makes q's part of with one B in registers, for a block of heads; else 0.
     """
 
     N: int
@@ -267,7 +267,7 @@ def run_together(tasks) -> None:
 
 
 def kernel_body(s: Shapes, inputs: Inputs, q_out, pools: Pools) -> None:
-    """Everything that a program needs is under way before it waits for any of it, where it goes to included."""
+    """All that a token needs is under way before it is waited for, where it goes to included; behind B, in groups."""
     if s.group:
         M = q_out.shape[0]
         part = lax.axis_index("program") * WARPGROUPS + lax.axis_index("warpgroup")

@@ -1,7 +1,8 @@
 """The least time that a ReAct trace can take: bytes and FLOP of its calls over what a chip can do, or was seen to do.
 
 Counted: weights once per chunk and per decode step; base and low-rank pages once per query tile and per decode step;
-products of the linear maps, of attention, and of probabilities with low-rank values. Not counted: collectives, B, and
+products of the linear maps, of attention, and of probabilities with low-rank values, in all layers for all tokens: what
+the engine leaves out of a long chunk's last layer counts as if it were done. Not counted: collectives, B, and
 whatever does not overlap. Under tensor parallelism everything is divided by the devices, low-rank pages apart.
 """
 

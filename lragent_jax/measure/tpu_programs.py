@@ -155,7 +155,8 @@ class Workload:
         args = (self.params()[0], *self.arguments(program))
         with jax.set_mesh(self.mesh):
             if program == "prefill":
-                return generation.prefill.lower(*args, implementation=self.implementation)
+                last_only = generation.has_last_only(self.tokens)
+                return generation.prefill.lower(*args, last_only=last_only, implementation=self.implementation)
             return generation.decode.lower(*args, block=32, implementation=self.implementation)
 
     def slots(self) -> Slots:

@@ -159,6 +159,8 @@ class Attention(nnx.Module):
         """What the tokens leave in the cache, and no attention."""
         written = written_groups(cache, adapters, table)
         linears = [self.k, self.v] if write_base else []
+        if not linears and not written:
+            return cache
         x, *apart = unjoined(norm(x), 1 + len(linears))
         kv_rows = [linear(y) for linear, y in zip(linears, apart, strict=True)]
         k, v = self.keys_and_values(x, kv_rows, adapters, table)

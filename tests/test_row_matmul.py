@@ -213,11 +213,12 @@ def test_models_use_it_for_as_many_rows_as_it_is_faster_for(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "batch", "tokens", "platform", "found"),
     [
-        ("decode", 1, 1, "gpu", True), ("decode", 2, 1, "gpu", False), ("prefill", 1, 16, "gpu", False),
+        ("decode", 1, 1, "gpu", True), ("decode", 2, 1, "gpu", False), ("prefill", 1, 8, "gpu", False),
+        ("prefill", 1, 16, "gpu", True),  # long, here: its last layer is that of one token
         ("decode", 1, 1, "cpu", False), ("decode", 1, 1, "tpu", False), ("decode", 1, 1, "switched off", False),
     ],
 )  # fmt: skip
-def test_a_decode_step_of_one_row_on_a_gpu_contains_it(monkeypatch, program, batch, tokens, platform, found):
+def test_what_one_row_goes_through_on_a_gpu_contains_it(monkeypatch, program, batch, tokens, platform, found):
     """Of a model that it fits; the kernel itself only counts here."""
     used = []
 

@@ -4,6 +4,7 @@ Regimes, one or several to a run; random weights and adapters (r = 8 on q and v)
 
 * `--trace C`: LRAgent's ReAct trace (arXiv 2602.01053, Table 12), 912 + 4 C tokens, 17 calls, batch 1, greedy, logits
   of the last position only; every mode over the same weights, every run from a cold cache, medians over `--repeats`.
+  Modes whose caches fit side by side take turns.
   Under `base_lr` one trajectory by itself, too: decode steps on short and long contexts, from blocks of `--steps`
   tokens without a look of the host, and prefills of 4,096 and 8,192 tokens. A mode that does not fit prints the
   bytes that it would need, and is left out.
@@ -90,7 +91,7 @@ def make_setting(arguments: argparse.Namespace) -> BenchSetting:
 
 
 def run_regimes(arguments: argparse.Namespace, keep: Callable[[Results], None]) -> None:
-    """Hands `keep` what was found, regime by regime, of a trace mode by mode: a run that is cut off loses little."""
+    """Hands `keep` what was found, regime by regime, of a trace modes by modes: a run that is cut off loses little."""
     if arguments.peers:
         keep({"peers": run_peers(arguments)})
     if arguments.ready:

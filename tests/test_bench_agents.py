@@ -13,8 +13,8 @@ from lragent_jax.measure.page_budget import PageBudget, pool_options
 from lragent_jax.measure.react_trace import react_trace, spans
 from lragent_jax.measure.ready import PHASES, measure_ready
 from lragent_jax.measure.timing import DeviceSpeed
-from lragent_jax.measure.trace_bench import largest_engine
-from lragent_jax.measure.trace_run import clean_runs, trace_figures
+from lragent_jax.measure.trace_bench import largest_engine, side_by_side
+from lragent_jax.measure.trace_run import clean_runs, clean_runs_in_turn, trace_figures
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.outputs import GenerationOutput
 
@@ -93,6 +93,30 @@ def test_engines_are_made_for_the_longest_trace_that_fits():
     assert chosen(needed(1000, 1) - 1, {8, 1000}) == (971, 3 * pages[8], None)
     context, _, missing = chosen(needed(8, 1) - 1, {8, 1000})
     assert (context, missing) == (971, {"bytes_needed": needed(8, 1), "bytes_limit": needed(8, 1) - 1})
+
+
+def test_modes_whose_engines_fit_together_are_side_by_side():
+    budget = PageBudget(LlamaConfig.preset("tiny"), 8, 4, 8)
+    setting: Any = SimpleNamespace(budget=budget, repeats=1, steps=2, device_bytes=None)
+    model: Any = SimpleNamespace(agents=["a", "b", "c"], weight_bytes=10**6)
+    modes: list[Any] = ["none", "base", "base_lr"]
+
+    def grouped(device_bytes: int | None) -> list[list[str]]:
+        setting.device_bytes = device_bytes
+        return [list(group) for group in side_by_side(model, setting, modes, {1000}, 64)]
+
+    def bytes_of(mode: Any) -> int:
+        return budget.pool_bytes(**largest_engine(model, setting, mode, modes, {1000}, 64).pools)
+
+    rest = 10**6 + budget.activation_bytes(64, 912 + 4 * 1000 + 27)
+    none, other = bytes_of("none"), bytes_of("base")
+    assert other == bytes_of("base_lr")
+    assert grouped(None) == grouped(rest + none + 2 * other) == [["none", "base", "base_lr"]]
+    assert grouped(rest + none + 2 * other - 1) == [["none", "base"], ["base_lr"]]
+    assert grouped(rest + none + other - 1) == [["none"], ["base", "base_lr"]]
+    assert grouped(rest + none - 1) == [["none", "base"], ["base_lr"]], "the first does not fit at all"
+    setting.device_bytes = rest + other - 1
+    assert all(size.missing for group in side_by_side(model, setting, modes, {1000}, 64) for size in group.values())
 
 
 def test_what_agents_and_trajectories_cost(run):
@@ -187,6 +211,7 @@ class Compilations:
         monkeypatch.setattr(trace_run, "CompileWatch", lambda: self)
 
     def __enter__(self):
+        self.num_programs = 0
         return self
 
     def __exit__(self, *exception):
@@ -203,6 +228,26 @@ def test_runs_that_compile_do_not_count(monkeypatch):
     runs = clean_runs(watch.run, repeats=3)
     assert runs.medians == {"s": 4.0, "negative": -4.0}  # of runs 1, 4 and 5
     assert runs.num_programs == 3
+
+
+def test_what_is_compared_runs_in_turn(monkeypatch):
+    order, compiling = [], iter([True, True, False, True, False, False, False, False, False])
+    watch = Compilations(monkeypatch, set())
+
+    def run_of(name: str):
+        def run() -> dict[str, float]:
+            order.append(name)
+            watch.num_programs += next(compiling)
+            return {"s": float(len(order))}
+
+        return run
+
+    runs = {name: run_of(name) for name in ("a", "b")}
+    found = clean_runs_in_turn(runs, 3, runs)
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "b", "b"]
+    assert {name: (figures.medians["s"], figures.num_programs) for name, figures in found.items()} == {
+        "a": (5.0, 1), "b": (8.0, 2),
+    }  # fmt: skip
 
 
 def test_an_engine_that_always_compiles_is_not_timed(monkeypatch):

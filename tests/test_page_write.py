@@ -2,17 +2,16 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import aot
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_interpreter import in_interpreter
 from tolerances import assert_close
 
 from lragent_jax import generation
@@ -24,12 +23,6 @@ from lragent_jax.models import cache_view
 from lragent_jax.models.cache_view import LayerCache, PageTable
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.matrix_product import FEW_ROWS
-
-THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
-in_interpreter = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams") or THREADS < 8,
-    reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
-)
 
 
 @dataclasses.dataclass(frozen=True)

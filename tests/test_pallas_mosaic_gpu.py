@@ -2,18 +2,32 @@
 
 import dataclasses
 import itertools
-import os
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 from attention_contract import BY_NAME, AttentionContract, Case, arguments, check, make_inputs, oracle
+from mosaic_interpreter import in_interpreter
 
 from lragent_jax.kernels.interpret import interpreted
 from lragent_jax.kernels.lora_attention import lora_attention, pallas_mosaic_gpu
 from lragent_jax.kernels.lora_attention.decode_plan import PlanSizes, plan_decode
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import decode, expansion, merge, stream_shapes
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import PRODUCT_WIDTH, Shapes
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu import (
+    decode,
+    expansion,
+    merge,
+    stream_compute,
+    stream_feed,
+)
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import (
+    BASE,
+    KEYS,
+    PRODUCT_WIDTH,
+    QUERIES,
+    VALUES,
+    WARPS,
+    Shapes,
+    turns,
+)
 
 HOPPER = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9.0
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of the Hopper generation or newer")
@@ -107,13 +121,25 @@ def test_products_of_several_readers_fit_the_registers():
         assert shapes.joined < 2 * readers
 
 
+def test_every_reader_and_every_slot_is_some_warps_turn():
+    for r_v, r_k, readers, rows in itertools.product((0, 8, 16, 64), (0, 16), (1, 3, 16, 64), (1, 8, 64)):
+        shapes = Shapes(
+            B=readers, T=1, K=8, G=1, H=128, p=64, R=rows, r_v=r_v, r_k=r_k, readers=readers, stages=2,
+            compute=1, scale=1.0,
+        )  # fmt: skip
+        warps = range(WARPS)
+        for first, count in ((VALUES, shapes.products * shapes.joined), (KEYS, readers), (QUERIES, rows)):
+            taken = [n for warp in warps for n in turns(warp, first, range(count))]
+            assert sorted(taken) == list(range(count))
+        brings = [warp for warp in warps if shapes.brings_values(warp) or shapes.brings_keys(warp)]
+        assert {BASE, *brings} <= set(shapes.block_warps)
+        assert (shapes.block_warps == [BASE]) == (r_v == r_k == 0)
+
+
 A_GROUPS = "decode, A-groups on one prefix"
 
 
-@pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams") or int(os.environ.get("NPROC", "1")) < 8,
-    reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
-)
+@in_interpreter
 @pytest.mark.parametrize(
     ("name", "p", "compute", "lanes"),
     [(A_GROUPS, 32, 1, 2), (A_GROUPS, 16, 2, 2), ("low-rank keys", 64, 2, 2), ("many blocks", 64, 1, 3)],
@@ -124,8 +150,9 @@ def test_decode_interpreted_equals_the_oracle_without_races(name, p, compute, la
     sizes = decode.BlockSizes(num_stages=2, compute=compute, programs=lanes * case.K)
     monkeypatch.setattr(decode, "heuristic", lambda r_k, is_batch: sizes)
     monkeypatch.setattr(merge, "BATCH", 1)
-    if compute == 1:  # as for many rows: of them, and of their partial results, less is asked for ahead
-        monkeypatch.setattr(stream_shapes, "MOST_ASKED_FOR", 0)
+    if compute == 1:  # as for many rows: less is asked for ahead, and multiplied at once
+        monkeypatch.setattr(stream_feed, "MAX_AHEAD", 0)
+        monkeypatch.setattr(stream_compute, "MOST_AT_ONCE", 1)
         monkeypatch.setattr(merge, "BATCH", 16)
         monkeypatch.setattr(merge, "ONE_WAVE", 0)
         monkeypatch.setattr(merge, "FEW", 1)

@@ -1,13 +1,11 @@
 """The Hopper prefill kernel, interpreted: memory, waits and races watched, on any machine."""
 
-import os
-
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_contract import Case, arguments, check, make_inputs, oracle
+from mosaic_interpreter import in_interpreter
 
 from lragent_jax.kernels.hopper import SHARED_MEMORY
 from lragent_jax.kernels.lora_attention import expanded_rows
@@ -18,13 +16,6 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
     BlockSizes,
     heuristic,
     shared_memory,
-)
-
-# Warpgroups wait for each other inside of callbacks. XLA takes NPROC for the number of processors, and runs as many.
-THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams") or THREADS < 8,
-    reason="needs Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
 )
 
 RAGGED = Case(
@@ -86,14 +77,14 @@ def run(case: Case, garbage: float = np.nan, **changes):
     return prefill(*args, **(keywords | changes))
 
 
-@interpreted
+@in_interpreter
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_oracle_amid_nan_without_races(case, capsys):
     check(case, run(case), oracle(make_inputs(case)))
     assert "RACE" not in capsys.readouterr().out
 
 
-@interpreted
+@in_interpreter
 def test_other_block_sizes(capsys):
     for blocks in (BlockSizes(block_kv=64, num_stages=2), BlockSizes(block_kv=64, num_stages=3)):
         check(SMALL, run(SMALL, block_sizes=blocks), oracle(make_inputs(SMALL)))
@@ -116,7 +107,7 @@ def test_what_pays_is_expanded(monkeypatch):
     assert [expansion.pays("v", T, 64, 8, 8) for T in (209, 210)] == [False, True]
 
 
-@interpreted
+@in_interpreter
 @pytest.mark.parametrize("case", EXPANDED_CASES, ids=lambda case: case.name)
 def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, expanded, capsys):
     check(case, run(case), oracle(make_inputs(case)))
@@ -124,7 +115,7 @@ def test_expanded_values_equal_the_oracle_amid_nan_without_races(case, expanded,
     assert "RACE" not in capsys.readouterr().out
 
 
-@interpreted
+@in_interpreter
 def test_rows_are_expanded_one_after_the_other_where_memory_is_short(expanded, monkeypatch):
     together = run(KEYS)
     monkeypatch.setattr(expanded_rows, "MAX_EXPANDED_BYTES", 1)
@@ -134,7 +125,7 @@ def test_rows_are_expanded_one_after_the_other_where_memory_is_short(expanded, m
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@interpreted
+@in_interpreter
 def test_programs_that_expand_several_blocks(expanded, monkeypatch, capsys):
     monkeypatch.setattr(expansion, "PROGRAMS", 2)
     jax.clear_caches()
@@ -143,7 +134,7 @@ def test_programs_that_expand_several_blocks(expanded, monkeypatch, capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
-@interpreted
+@in_interpreter
 @pytest.mark.parametrize("values", ["as they are", "expanded"])
 def test_what_may_not_be_read_changes_no_bit(values, request):
     if values == "expanded":
@@ -153,7 +144,7 @@ def test_what_may_not_be_read_changes_no_bit(values, request):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@interpreted
+@in_interpreter
 @pytest.mark.parametrize("values", ["as they are", "expanded"])
 def test_an_adapter_that_does_not_exist_is_nan(values, request):
     if values == "expanded":

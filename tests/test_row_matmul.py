@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import os
 import types
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import mosaic_interpreter
 import numpy as np
 import pytest
 from flax import nnx
@@ -26,11 +25,8 @@ from lragent_jax.models.rope import inverse_frequencies, rotation
 
 EPS = 1e-5
 HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
-# Warpgroups wait for each other inside of callbacks. XLA takes NPROC for the number of processors, and runs as many.
-INTERPRETED = hasattr(plgpu, "InterpretGPUParams") and int(os.environ.get("NPROC", os.cpu_count() or 1)) >= 8
 on_kernel = pytest.mark.skipif(
-    not HOPPER and not INTERPRETED,
-    reason="needs a Hopper GPU, or Mosaic GPU's interpreter (JAX 0.11 and newer) and 8 threads (NPROC=8)",
+    not HOPPER and not mosaic_interpreter.IS_THERE, reason=f"needs a Hopper GPU, or {mosaic_interpreter.NEEDS}"
 )
 
 

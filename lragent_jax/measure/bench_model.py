@@ -43,7 +43,7 @@ class BenchModel:
     def engine(self, mode: SharingMode, context_length: int, **options: Any) -> Engine:
         """An engine over these weights for contexts of that length: page tables are as wide as these need them.
 
-        Drop the last engine first: two may not fit.
+        Drop the last engine first where two do not fit.
         """
         gc.collect()
         config = dataclasses.replace(self.config, context_length=context_length)

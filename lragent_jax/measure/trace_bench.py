@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lragent_jax.compile_watch import CompileWatch
 from lragent_jax.engine import Engine
@@ -14,7 +14,14 @@ from lragent_jax.measure.page_budget import pool_options
 from lragent_jax.measure.react_trace import mean_context, num_tokens, react_trace, trace_buckets
 from lragent_jax.measure.roofline import Roofline, predict
 from lragent_jax.measure.tpu_chips import Chip
-from lragent_jax.measure.trace_run import clean_runs, decode_step, exactly, prefill_seconds, random_ids, run_trace
+from lragent_jax.measure.trace_run import (
+    clean_runs_in_turn,
+    decode_step,
+    exactly,
+    prefill_seconds,
+    random_ids,
+    run_trace,
+)
 from lragent_jax.sharing import SharingMode
 from lragent_jax.trajectory import Trajectory
 
@@ -43,71 +50,109 @@ def measure_trace(
 ) -> Iterator[dict[str, Any]]:
     """Figures of every mode, or the bytes it would need; in `base_lr`, `solo` adds one trajectory by itself.
 
-    `beside` are the other traces of this run: engines are made for the longest of them that fits, and have chunks for
-    all, so that programs are compiled once. After every mode, all that is known by then.
+    Modes whose engines fit side by side run the trace in turn. `beside` are the other traces of this run: engines are
+    made for the longest of them that fits, and have chunks for all, so that programs are compiled once. After every
+    such group of modes, all that is known by then.
     """
-    calls = react_trace(chunk)
-    total = num_tokens(calls)
+    total = num_tokens(react_trace(chunk))
     buckets = sorted(buckets or {size for length in (chunk, *beside) for size in trace_buckets(length)})
     result: dict[str, Any] = {"total_tokens": total, "prefill_buckets": buckets, "modes": {}}
-    for mode in modes:
-        context_length, pools, missing = largest_engine(
-            model, setting, mode, modes, {max(chunk, length) for length in (chunk, *beside)}, buckets[-1]
-        )
-        if missing:
-            result["modes"][mode] = missing
-            say(f"{mode}: {total:,} tokens need {missing['bytes_needed']:,} bytes, "
-                f"the device has {missing['bytes_limit']:,}")  # fmt: skip
+    for sizes in side_by_side(model, setting, modes, {max(chunk, length) for length in (chunk, *beside)}, buckets[-1]):
+        for mode, size in sizes.items():
+            if size.missing:
+                result["modes"][mode] = size.missing
+                say(f"{mode}: {total:,} tokens need {size.missing['bytes_needed']:,} bytes, "
+                    f"the device has {size.missing['bytes_limit']:,}")  # fmt: skip
+        engines = {
+            mode: model.engine(
+                mode, size.context_length, **size.pools, prefill_buckets=buckets, prefix_cache=False,
+                **setting.engine_options(),
+            )
+            for mode, size in sizes.items() if not size.missing
+        }  # fmt: skip
+        for mode, figures in _traced(engines, chunk, setting.repeats, buckets[-1]).items():
+            result["modes"][mode] = figures | _floors(model, setting, mode, chunk, buckets[-1])
+            say(f"{mode}: TTFT {figures['ttft_s']:.3f} s, {figures['tokens_per_s']:.0f} tokens/s, "
+                f"{figures['num_programs']} programs compiled or fetched in {figures['compile_s']:.1f} s")  # fmt: skip
+        yield dict(result)
+        if solo and "base_lr" in engines:
+            result |= _solo(engines["base_lr"], model, setting, total)
             yield dict(result)
-            continue
-        engine = model.engine(
-            mode, context_length, **pools, prefill_buckets=buckets, prefix_cache=False, **setting.engine_options()
-        )
-        warm = react_trace(min(chunk, buckets[-1]))  # the same programs in less time
+        engines.clear()  # before the next ones are made
+
+
+def _traced(engines: Mapping[str, Engine], chunk: int, repeats: int, bucket: int) -> dict[str, dict[str, float]]:
+    """What the trace took every engine, and what compiling took before."""
+    calls, warm = react_trace(chunk), react_trace(min(chunk, bucket))  # the same programs in less time
+    compiled = {}
+    for mode, engine in engines.items():
         with CompileWatch() as watch:
             times = engine.warmup(scoring=False)
-        runs = clean_runs(
-            functools.partial(run_trace, engine, calls), setting.repeats, functools.partial(run_trace, engine, warm)
-        )
-        compiled = {
-            "num_programs": watch.num_programs + runs.num_programs,
-            "compile_s": times.lower_s + times.compile_s + runs.compile_s,
-        }
-        result["modes"][mode] = runs.medians | compiled
-        result["modes"][mode] |= _floors(model, setting, mode, chunk, buckets[-1])
-        say(f"{mode}: TTFT {runs.medians['ttft_s']:.3f} s, {runs.medians['tokens_per_s']:.0f} tokens/s, "
-            f"{compiled['num_programs']} programs compiled or fetched in {compiled['compile_s']:.1f} s")  # fmt: skip
-        yield dict(result)
-        if solo and mode == "base_lr":
-            result |= _solo(engine, model, setting, total)
-            yield dict(result)
-        del engine
+        compiled[mode] = watch.num_programs, times.lower_s + times.compile_s
+    all_runs = clean_runs_in_turn(
+        {mode: functools.partial(run_trace, engine, calls) for mode, engine in engines.items()},
+        repeats,
+        {mode: functools.partial(run_trace, engine, warm) for mode, engine in engines.items()},
+    )
+    figures = {}
+    for mode, (num_programs, compile_s) in compiled.items():
+        runs = all_runs[mode]
+        figures[mode] = runs.medians | {
+            "num_programs": num_programs + runs.num_programs, "compile_s": compile_s + runs.compile_s,
+        }  # fmt: skip
+    return figures
+
+
+class EngineSize(NamedTuple):
+    """Context length and pools of an engine; what `missing_bytes` says of it."""
+
+    context_length: int
+    pools: dict[str, int]
+    missing: dict[str, int] | None
+
+
+def side_by_side(
+    model: BenchModel, setting: BenchSetting, modes: Sequence[SharingMode], chunks: Collection[int], bucket: int
+) -> list[dict[SharingMode, EngineSize]]:
+    """The modes in order, cut into groups whose engines fit into the device together."""
+    groups: list[dict[SharingMode, EngineSize]] = []
+    for mode in modes:
+        size = largest_engine(model, setting, mode, modes, chunks, bucket)
+        beside = [] if not groups else [other for other in groups[-1].values() if not other.missing]
+        held = sum(setting.budget.pool_bytes(**other.pools) for other in beside)
+        longest = max(other.context_length for other in (size, *beside))
+        if not groups or (not size.missing and missing_bytes(model, setting, size.pools, bucket, longest, held)):
+            groups.append({})
+        groups[-1][mode] = size
+    return groups
 
 
 def largest_engine(
     model: BenchModel, setting: BenchSetting, mode: SharingMode, modes: Sequence[SharingMode],
     chunks: Collection[int], bucket: int,
-) -> tuple[int, dict[str, int], dict[str, int] | None]:  # fmt: skip
-    """Context length and pools of an engine for the longest of these traces that fits, with the pools of `modes` if
-    these fit, too; and `missing_bytes`, None unless not even the shortest does.
+) -> EngineSize:  # fmt: skip
+    """That of an engine for the longest of these traces that fits, with the pools of `modes` if these fit, too; where
+    not even the shortest does, that of the shortest.
     """
 
-    def engine(chunk: int, among: Sequence[SharingMode]) -> tuple[int, dict[str, int], dict[str, int] | None]:
+    def sized(chunk: int, among: Sequence[SharingMode]) -> EngineSize:
         context_length = num_tokens(react_trace(chunk)) + spare_tokens(setting)  # the longest exceeds the preset's
         pools = pool_options(among, len(model.agents), setting.budget.pages(context_length) + 1)[mode]
-        return context_length, pools, missing_bytes(model, setting, pools, bucket, context_length)
+        return EngineSize(context_length, pools, missing_bytes(model, setting, pools, bucket, context_length))
 
     alone: list[SharingMode] = [mode]
-    engines = [engine(chunk, among) for chunk in sorted(chunks, reverse=True) for among in (modes, alone)]
-    return next((one for one in engines if one[2] is None), engines[-1])
+    sizes = [sized(chunk, among) for chunk in sorted(chunks, reverse=True) for among in (modes, alone)]
+    return next((size for size in sizes if size.missing is None), sizes[-1])
 
 
 def missing_bytes(
-    model: BenchModel, setting: BenchSetting, pools: dict[str, int], chunk: int, context: int
+    model: BenchModel, setting: BenchSetting, pools: dict[str, int], chunk: int, context: int, held: int = 0
 ) -> dict[str, int] | None:  # fmt: skip
-    """None if pools of that size fit beside the weights, or nobody knows; else what is needed and what there is."""
+    """None if pools of that size fit beside the weights and what is `held`, or nobody knows; else what is needed and
+    what there is.
+    """
     activations = setting.budget.activation_bytes(chunk, context)
-    needed = model.weight_bytes + setting.budget.pool_bytes(**pools) + activations
+    needed = model.weight_bytes + held + setting.budget.pool_bytes(**pools) + activations
     if setting.device_bytes is None or needed <= setting.device_bytes:
         return None
     return {"bytes_needed": needed, "bytes_limit": setting.device_bytes}

@@ -32,17 +32,42 @@ def clean_runs(run: Callable[[], Figures], repeats: int, warm: Callable[[], Any]
 
     Raises `RuntimeError` where every run compiles something: then its figures would not be those of a warm engine.
     """
-    with CompileWatch() as watch:
-        (warm or run)()
-        found: list[Figures] = []
-        for _ in range(repeats + _ATTEMPTS):
-            before = watch.num_programs
-            figures = run()
-            if watch.num_programs == before:
-                found.append(figures)
-            if len(found) == repeats:
-                return CleanRuns(medians(found), watch.num_programs, watch.seconds)
-    raise RuntimeError(f"programs were compiled in {repeats + _ATTEMPTS - len(found)} runs of {repeats + _ATTEMPTS}")
+    return clean_runs_in_turn({"": run}, repeats, {"": warm or run})[""]
+
+
+def clean_runs_in_turn(
+    runs: Mapping[str, Callable[[], Figures]], repeats: int, warm: Mapping[str, Callable[[], Any]]
+) -> dict[str, CleanRuns]:
+    """The same of several that are compared with each other: one run of each after the other, time and again.
+
+    What a machine has to do beside it changes by the minute; in turn, all have their share of that.
+    """
+    found: dict[str, list[Figures]] = {name: [] for name in runs}
+    programs, seconds = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0)
+
+    def watched(name: str, run: Callable[[], Any]) -> tuple[Any, bool]:
+        """What it returns, and whether nothing was compiled."""
+        with CompileWatch() as watch:
+            result = run()
+        programs[name] += watch.num_programs
+        seconds[name] += watch.seconds
+        return result, watch.num_programs == 0
+
+    for name, run in warm.items():
+        watched(name, run)
+    for _ in range(repeats + _ATTEMPTS):
+        for name, run in runs.items():
+            if len(found[name]) < repeats:
+                figures, clean = watched(name, run)
+                if clean:
+                    found[name].append(figures)
+    for name, figures in found.items():
+        if len(figures) < repeats:
+            num_compiling = repeats + _ATTEMPTS - len(figures)
+            raise RuntimeError(
+                f"{name}{name and ': '}programs were compiled in {num_compiling} runs of {repeats + _ATTEMPTS}"
+            )
+    return {name: CleanRuns(medians(figures), programs[name], seconds[name]) for name, figures in found.items()}
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> Figures:

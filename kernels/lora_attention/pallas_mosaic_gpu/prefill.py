@@ -43,7 +43,8 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import 
 )
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_feed import feed
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_schedule import attend
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_softmax import Softmax, multiply_add
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_softmax import Softmax
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import multiply_add
 from lragent_jax.kernels.lora_attention.tuned import tuned_block_sizes
 
 LOG2_E = math.log2(math.e)
@@ -85,7 +86,7 @@ def finish(cfg: Config, tile: Tile, first, state: Softmax, o_smem, smem: Memory,
         low = (o_lr - high.astype(jnp.float32)).astype(cfg.dtype)  # both together: o_lr to twice as many bits
         plgpu.barrier_wait(barriers.b_ready)
 
-        (o,) = multiply_add(cfg, [(o, ((high, smem.lora_b), (low, smem.lora_b)))])
+        (o,) = multiply_add([(o, ((high, smem.lora_b), (low, smem.lora_b)))], interpret=cfg.interpret)
 
     def live(shape, layout):
         position = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)

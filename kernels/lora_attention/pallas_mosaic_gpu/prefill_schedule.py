@@ -24,11 +24,11 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_softmax import
     Softmax,
     add_values,
     empty,
-    multiply_add,
     rescaled,
     value_terms,
     weigh,
 )
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import multiply_add
 
 
 def attend(cfg: Config, first, unmasked, steps, all_steps, q, smem: Memory, barriers: Barriers) -> Softmax:
@@ -123,7 +123,7 @@ def score_and_add(
         scores = score(cfg, q, k)
         asked()
         found = weigh_them(scores)
-        return multiply_add(cfg, terms), found
+        return multiply_add(terms, interpret=cfg.interpret), found
 
     def issue(state):
         accumulators, found = state

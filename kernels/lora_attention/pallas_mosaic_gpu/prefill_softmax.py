@@ -1,15 +1,14 @@
 """The online softmax of a prefill program's warpgroup: 64 queries, block of keys after block of keys."""
 
-import functools
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.pages import padded_rank
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.prefill_config import BLOCK_Q, Config, Memory
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import multiply_add
 
 
 class Softmax(NamedTuple):
@@ -29,22 +28,6 @@ def empty(cfg: Config) -> Softmax:
 
     o_lr = full(0, (BLOCK_Q, padded_rank(cfg.r)), tile) if cfg.r else None
     return Softmax(full(0, (BLOCK_Q, cfg.H), tile), o_lr, full(-jnp.inf, (BLOCK_Q,), row), full(0, (BLOCK_Q,), row))
-
-
-def multiply_add(cfg: Config, terms) -> tuple:
-    """acc + a1 b1 + a2 b2 .. for every (acc, ((a1, b1), (a2, b2) ..)); a in registers, b in shared memory."""
-    if cfg.interpret:  # the interpreter multiplies only what lies in shared memory
-        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        sums = tuple(acc + sum(dot(a, b[...]) for a, b in products) for acc, products in terms)
-        plgpu.commit_smem()  # as a wgmma's, these reads are over before the next copy
-        return sums
-
-    def issue(accumulators):
-        for acc, (_, products) in zip(accumulators, terms, strict=True):
-            for a, b in products:
-                plgpu.wgmma(acc, a, b)
-
-    return pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _ in terms))
 
 
 def weigh(cfg: Config, first, step, m, l, scores, *, masked: bool):  # noqa: E741
@@ -74,5 +57,5 @@ def value_terms(cfg: Config, step, state: Softmax, probs, smem: Memory) -> list:
 
 def add_values(cfg: Config, step, state: Softmax, probs, smem: Memory) -> Softmax:
     """The state with the values of a block, which have been waited for."""
-    *o_lr, o = multiply_add(cfg, value_terms(cfg, step, state, probs, smem))
+    *o_lr, o = multiply_add(value_terms(cfg, step, state, probs, smem), interpret=cfg.interpret)
     return state._replace(o=o, o_lr=o_lr[0] if o_lr else None)

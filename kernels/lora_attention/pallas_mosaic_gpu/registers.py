@@ -43,6 +43,28 @@ def product(a, b, acc=None, *, interpret: bool):
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(acc))
 
 
+def multiply_add(terms, *, interpret: bool) -> tuple:
+    """acc + a1 b1 + a2 b2 .. for every (acc, ((a1, b1), (a2, b2) ..)), all under way at once.
+
+    A product's a is an array, or a function that makes it while the ones before are under way; b is in shared memory.
+    """
+
+    def left(a):
+        return a() if callable(a) else a
+
+    if interpret:  # wgmma on values in registers is not interpreted
+        sums = tuple(acc + sum(product(left(a), b, interpret=True) for a, b in products) for acc, products in terms)
+        plgpu.commit_smem()  # as a wgmma's, these reads are over before the next copy
+        return sums
+
+    def issue(accumulators):
+        for acc, (_, products) in zip(accumulators, terms, strict=True):
+            for a, b in products:
+                plgpu.wgmma(acc, left(a), b)
+
+    return pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _ in terms))
+
+
 def full(shape, value, layout, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 

@@ -9,6 +9,7 @@ accumulators after LRAgent's Flash-LoRA-Attention (arXiv 2602.01053).
 A partial result is a record in f32: o in lanes [0, H), and from lane max(H, 128) on o_lr, then m, then l.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from lragent_jax.kernels.lora_attention.arguments import LowRank, PageTable
 from lragent_jax.kernels.lora_attention.decode_plan import DecodePlan, before
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_compute import attend, finish, hand_over, join
 from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_feed import ask, bring, drain
-from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_Q, Shapes, scratch
+from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import BLOCK_Q, WARPS, Shapes, scratch
 
 
 class Readers(NamedTuple):
@@ -97,10 +98,18 @@ def stream_kernel(refs, shapes: Shapes):
     def _():
         if shapes.compute == 2:
             plgpu.set_max_registers(56, action="decrease")
-        items_of_lane(
-            refs, lane, shapes, lambda item: ask(refs, item, shapes), lambda *item: bring(refs, head, *item, shapes),
-            lambda num_blocks: drain(refs, num_blocks, shapes),
-        )  # fmt: skip
+
+        def bring_items(warp: int):
+            items_of_lane(
+                refs, lane, shapes, lambda item: ask(refs, item, warp, shapes),
+                lambda *item: bring(refs, head, *item, warp, shapes),
+                lambda num_blocks: drain(refs, num_blocks, warp, shapes),
+            )  # fmt: skip
+
+        @plgpu.warp_map
+        def _(own):
+            for warp in range(WARPS):
+                pl.when(own == warp)(functools.partial(bring_items, warp))
 
     @pl.when(warpgroup < shapes.compute)
     def _():
@@ -108,7 +117,7 @@ def stream_kernel(refs, shapes: Shapes):
             plgpu.set_max_registers(224, action="increase")
 
         def first_record(item):
-            return refs.rows[item, 0], refs.parts[item, 0]
+            return refs.records[item, 0]
 
         def compute(item, record, span, num_blocks, before):
             state = attend(refs, item, span, num_blocks, before, warpgroup, shapes)
@@ -147,7 +156,7 @@ def stream(
         "lanes": plan.lanes,
         "meta": jnp.stack(meta, axis=1),
         "rows": plan.rows,
-        "parts": plan.parts,
+        "records": jnp.where(there, plan.rows * parts + plan.parts, -1),
         "limits": pad_rows(jnp.minimum(plan.limits, end[:, None]), s.G, 0),
         "table": page_table.base,
         "q": q,
@@ -182,7 +191,7 @@ def stream(
     body.__name__ = f"lora_decode_stream_r{s.r_v}_k{s.r_k}_rows{s.R}_stages{s.stages}"
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, parts, s.K, s.G, s.record), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows * parts, s.K, s.G, s.record), jnp.float32),
         scratch_types=scratch(s, q.dtype),
         grid=(s.K, plan.lanes.shape[0]),
         grid_names=("head", "lane"),
@@ -191,4 +200,4 @@ def stream(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **interpreter(s.interpret),
     )
-    return kernel(*inputs.values())
+    return kernel(*inputs.values()).reshape(rows, parts, s.K, s.G, s.record)

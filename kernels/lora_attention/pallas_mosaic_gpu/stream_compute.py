@@ -15,6 +15,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.registers import (
     WGMMA,
     full,
     load,
+    multiply_add,
     over_lanes,
     product,
 )
@@ -24,6 +25,7 @@ from lragent_jax.kernels.lora_attention.pallas_mosaic_gpu.stream_shapes import B
 # Scores of keys that a row does not see, far below the least maximum: exp2 of the difference is 0 however the products
 # in between are rounded.
 UNSEEN, LEAST = -1e30, -1e20
+MOST_AT_ONCE = 2  # products with low-rank values under way: each takes registers for its weights
 
 
 class State(NamedTuple):
@@ -44,9 +46,9 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
         reader_of_row = load(refs.readers.of_row.at[item], PER_ROW, optimized=False)
         product_of_row = reader_of_row >> int(math.log2(shapes.joined))  # -1, no reader, stays -1
         num_readers = refs.readers.count[item]
-        only_limit = refs.readers.limits[item, 0] if shapes.readers == 1 else None
     if shapes.r_k:  # the queries stay in shared memory: rebuilding keys takes the registers
         lax.fori_loop(0, refs.expanders.count[item], lambda e, _: plgpu.barrier_wait(refs.b_ready.at[e]), None)
+        pl.when(warpgroup == 0)(lambda: tile_queries(refs))
         plgpu.barrier_wait(refs.q_tiled_ready)
         q = refs.q_tiled
     else:
@@ -78,34 +80,49 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
         probs = jnp.exp2(scores * shapes.scale - over_lanes(m, BLOCK_KV))
         sums = state.l * rescale + probs.sum(axis=1)
         probs = probs.astype(refs.q.dtype)
-        o = product(probs, v, state.o * over_lanes(rescale, H), interpret=shapes.interpret)
-        o_lr = None
+        o, o_lr = state.o * over_lanes(rescale, H), None
         if r:
-            o_lr = read_low_rank(state.o_lr * over_lanes(rescale, width), probs, j, position, masked)
+            o, o_lr = with_low_rank(o, state.o_lr * over_lanes(rescale, width), probs, v, j, position, masked)
+        else:
+            o = product(probs, v, o, interpret=shapes.interpret)
         if shapes.interpret:  # products read there as loads do
             plgpu.commit_smem()
         plgpu.barrier_arrive(refs.read.at[stage])
         return State(o, o_lr, m, sums)
 
-    def read_low_rank(o_lr, probs, j, position, masked):
-        slots = shapes.page_slots
+    def low_rank_values(probs, n, j, position, masked) -> list:
+        """Product number n of the weights with low-rank values, which are waited for."""
+        at, slots = low_rank_block(j, n, shapes.products, shapes), shapes.page_slots
+        with_barrier(refs.v_ready, j, n, shapes.products, shapes, plgpu.barrier_wait)
+        if masked:
+            zero_low_rank(refs, item, n, num_readers, at, position, shapes)
+
+        def own(part):
+            return jnp.where(over_lanes(product_of_row, part.shape[1]) == n, part, jnp.zeros((), part.dtype))
+
+        pages = range(shapes.pages_per_block)
+        parts = [probs if slots == BLOCK_KV else probs[:, i * slots : (i + 1) * slots] for i in pages]
+        return [(functools.partial(own, part), refs.v_smem.at[at, i].transpose((1, 0))) for i, part in enumerate(parts)]
+
+    def with_low_rank(o, o_lr, probs, v, j, position, masked):
+        def add(n: int):
+            """All values and the first n products of low-rank ones."""
+            terms = [term for i in range(n) for term in low_rank_values(probs, jnp.int32(i), j, position, masked)]
+            if not n:
+                return product(probs, v, o, interpret=shapes.interpret), o_lr
+            return multiply_add([(o, [(probs, v)]), (o_lr, terms)], interpret=shapes.interpret)
 
         def one(n, o_lr):
-            at = low_rank_block(j, n, shapes.products, shapes)
-            with_barrier(refs.v_ready, j, n, shapes.products, shapes, plgpu.barrier_wait)
-            if masked:
-                readers = [jnp.minimum(n * shapes.joined + u, shapes.readers - 1) for u in range(shapes.joined)]
-                ends = [refs.readers.limits[item, u] for u in readers] if only_limit is None else [only_limit]
-                zero_low_rank(refs, at, [end - position for end in ends], shapes)
-            own = jnp.where(over_lanes(product_of_row, BLOCK_KV) == n, probs, jnp.zeros((), probs.dtype))
-            for i in range(shapes.pages_per_block):
-                part = own if slots == BLOCK_KV else own[:, i * slots : (i + 1) * slots]
-                page = refs.v_smem.at[at, i].transpose((1, 0))
-                o_lr = product(part, page, o_lr, interpret=shapes.interpret)
-            return o_lr
+            terms = low_rank_values(probs, n, j, position, masked)
+            return multiply_add([(o_lr, terms)], interpret=shapes.interpret)[0]
 
         num_products = lax.div(num_readers + shapes.joined - 1, jnp.int32(shapes.joined))
-        return lax.fori_loop(0, num_products, one, o_lr)
+        at_once = min(shapes.products, MOST_AT_ONCE)
+        branches = [functools.partial(add, n) for n in range(at_once + 1)]
+        o, o_lr = lax.switch(jnp.minimum(num_products, at_once), branches)
+        if shapes.products > at_once:
+            o_lr = lax.fori_loop(at_once, num_products, one, o_lr)
+        return o, o_lr
 
     o_lr = full((BLOCK_Q, width), 0, WGMMA) if r else None
     state = State(full((BLOCK_Q, H), 0, WGMMA), o_lr, full((BLOCK_Q,), LEAST, PER_ROW), full((BLOCK_Q,), 0, PER_ROW))
@@ -114,6 +131,14 @@ def attend(refs, item, span, num_blocks, before, warpgroup, shapes: Shapes) -> S
     state = lax.fori_loop(0, unmasked, functools.partial(block, masked=False), state)
     state = lax.fori_loop(unmasked, turns, functools.partial(block, masked=True), state)
     return state._replace(o_lr=own_lanes(state.o_lr, reader_of_row, shapes)) if r else state
+
+
+def tile_queries(refs) -> None:
+    """The queries in the layout that the matrix unit reads from shared memory, for all."""
+    plgpu.barrier_wait(refs.q_ready)
+    refs.q_tiled[...] = load(refs.q_smem, WGMMA, optimized=False)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.q_tiled_ready)
 
 
 def own_lanes(o_lr, reader_of_row, shapes: Shapes):
@@ -156,7 +181,7 @@ def join(refs, state: State) -> State:
 
 
 def finish(refs, item, head, first_record, state: State, shapes: Shapes):
-    """Writes every row's record; `first_record` are the first one's row and part, which have been looked up."""
+    """Writes every row's record; which is the first one's has been looked up."""
     r = shapes.r_v
     if not shapes.tells_of_results:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result of the item before, if there is one
@@ -165,13 +190,14 @@ def finish(refs, item, head, first_record, state: State, shapes: Shapes):
         refs.aux_smem[:, pl.ds(0, r)] = state.o_lr
     lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q, 8), 1, layout=WGMMA)
     refs.aux_smem[:, pl.ds(r, 8)] = jnp.where(lane == 0, over_lanes(state.m, 8), over_lanes(state.l, 8))
+    # All lookups at once, in front of the branches that they do not pass: one after another, each takes as long as all.
+    records = [first_record, *(refs.records[item, slot] for slot in range(1, shapes.R))]
     plgpu.commit_smem()
-    for slot in range(shapes.R):
-        row, part = first_record if slot == 0 else (refs.rows[item, slot], refs.parts[item, slot])
+    for slot, number in enumerate(records):
 
-        @pl.when(row >= 0)
-        def _(slot=slot, row=row, part=part):
-            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[row, part, head]
+        @pl.when(number >= 0)
+        def _(slot=slot, number=number):
+            rows, record = pl.ds(slot * shapes.G, shapes.G), refs.partial.at[number, head]
             aux = record.at[:, pl.ds(shapes.aux_lane, shapes.aux_width)]
             plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], record.at[:, pl.ds(0, shapes.H)])
             plgpu.copy_smem_to_gmem(refs.aux_smem.at[rows], aux)
@@ -228,43 +254,42 @@ def zero_values(values, held, H: int):
     plgpu.commit_smem()
 
 
-def zero_low_rank(refs, at, held: list, shapes: Shapes):
+def zero_low_rank(refs, item, n, num_readers, at, position, shapes: Shapes) -> None:
     """The same for a block of low-rank values, each reader's own, through a flat view of the buffer.
 
     No register layout fits r < 64 rows of a swizzled buffer. Flat, it is plain: rows of `page_slots`, in which the
-    number of a 16-byte chunk has the number of its 128-byte line added to it, bit by bit.
+    number of a 16-byte chunk has the number of its 128-byte line added to it, bit by bit. Where one buffer holds all of
+    an item's readers, the other lanes are nobody's.
     """
-    dtype, rows = refs.q.dtype, shapes.joined * shapes.r_v
-    size = rows * BLOCK_KV
+    dtype, rows, slots = refs.q.dtype, shapes.joined * shapes.r_v, shapes.page_slots
+    together = math.gcd(shapes.r_v * slots, 8 * LANES)
+    turns = shapes.r_v * slots // together
+    layout = plgpu.Layout.WG_STRIDED((together,), vec_size=together // LANES)
+    row_bytes = 2 * slots
 
-    def unwritten(reader, slot):
-        return functools.reduce(
-            jnp.logical_or, ((reader == u) & (slot >= held_by_u) for u, held_by_u in enumerate(held))
-        )
+    def reader(u, _):
+        number = jnp.minimum(n * shapes.joined + u, jnp.maximum(num_readers - 1, 0))
+        held = refs.readers.limits[item, number] - position
 
-    if shapes.interpret:  # buffers have no layout there
-        shape = (shapes.pages_per_block, rows, shapes.page_slots)
-        slots = jnp.stack([jnp.full(shape[1:], i * shapes.page_slots) for i in range(shapes.pages_per_block)])
-        slots += lax.broadcasted_iota(jnp.int32, shape, 2)
-        reader = lax.broadcasted_iota(jnp.int32, shape, 1) // shapes.r_v
-        values = refs.v_smem.at[at]
-        values[...] = jnp.where(unwritten(reader, slots), jnp.zeros((), dtype), values[...])
-    else:
-        together = math.gcd(size, 8 * LANES)
-        layout = plgpu.Layout.WG_STRIDED((together,), vec_size=together // LANES)
-        row_bytes = 2 * shapes.page_slots
-
-        def some(turn, _):  # a loop, lest all its indices be worked out ahead and held in registers
-            first = turn * together
-            byte = (first + plgpu.broadcasted_iota(jnp.int32, (together,), 0, layout=layout)) * 2
-            byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
-            row = lax.div(byte, jnp.int32(row_bytes))
-            page = lax.div(row, jnp.int32(rows))
-            slot = page * shapes.page_slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
-            reader = lax.div(row - page * rows, jnp.int32(shapes.r_v))
-            flat = refs.v_flat.at[at, pl.ds(first, together)]
-            flat[...] = jnp.where(unwritten(reader, slot), jnp.zeros((), dtype), load(flat, layout))
+        if shapes.interpret:  # buffers have no layout there
+            for i in range(shapes.pages_per_block):
+                values = refs.v_smem.at[at, i, pl.ds(u * shapes.r_v, shapes.r_v)]
+                slot = i * slots + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                values[...] = jnp.where(slot < held, values[...], jnp.zeros((), dtype))
             return
 
-        lax.fori_loop(0, size // together, some, None)
+        def some(turn, _):
+            page, part = lax.div(turn, jnp.int32(turns)), lax.rem(turn, jnp.int32(turns))
+            first = (page * rows + u * shapes.r_v) * slots + part * together
+            byte = (first + plgpu.broadcasted_iota(jnp.int32, (together,), 0, layout=layout)) * 2
+            byte = byte ^ (((byte >> 7) & (row_bytes // 16 - 1)) << 4)
+            slot = page * slots + lax.rem(byte, jnp.int32(row_bytes)) // 2
+            flat = refs.v_flat.at[at, pl.ds(first, together)]
+            flat[...] = jnp.where(slot < held, load(flat, layout), jnp.zeros((), dtype))
+            return
+
+        lax.fori_loop(0, shapes.pages_per_block * turns, some, None)
+
+    there = jnp.where(num_readers > shapes.joined, shapes.joined, num_readers)
+    lax.fori_loop(0, there, reader, None)
     plgpu.commit_smem()

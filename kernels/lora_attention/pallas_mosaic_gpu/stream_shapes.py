@@ -10,8 +10,15 @@ from lragent_jax.kernels.hopper import SHARED_MEMORY, tiled
 BLOCK_Q = BLOCK_KV = 64  # a warpgroup's matrix instruction takes 64 rows; 64 keys are one 128-byte row of low-rank
 LANES = 128  # threads of a warpgroup, one f32 each
 MAX_BARRIERS = 32  # in one group
-MOST_ASKED_FOR = 8  # rows of an item
+WARPS = 4  # of a warpgroup
+# Where the memory warps' turns begin: what an item needs first comes from different ones.
+BASE, VALUES, KEYS, ANGLES, QUERIES = 0, 1, 2, 3, 3
 PRODUCT_WIDTH = 128  # lanes of o_lr while streaming, all warpgroups' together: more would not fit the registers
+
+
+def turns(warp: int, first: int, numbers: range) -> list[int]:
+    """Which of them are the warp's, the warps taking them in turn from `first` on."""
+    return [n for n in numbers if (first + n) % WARPS == warp]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +44,6 @@ class Shapes:
     def one_item(self) -> bool:
         """Whether no lane has more items than one: then a program is for that item alone."""
         return self.B == 1 and self.T <= self.R
-
-    @property
-    def asks_ahead(self) -> bool:
-        """Whether registers hold what an item's first bytes depend on: of more rows, the compiler spills others."""
-        return self.R <= MOST_ASKED_FOR
 
     @property
     def one_at_a_time(self) -> bool:
@@ -73,6 +75,18 @@ class Shapes:
     def products(self) -> int:
         """How many such products all readers take."""
         return -(-self.readers // self.joined)
+
+    def brings_values(self, warp: int) -> bool:
+        return bool(self.r_v and turns(warp, VALUES, range(self.products * self.joined)))
+
+    def brings_keys(self, warp: int) -> bool:
+        return bool(self.r_k and turns(warp, KEYS, range(self.readers)))
+
+    @property
+    def block_warps(self) -> list[int]:
+        """The memory warps that have something of a block to bring."""
+        others = {BASE} | ({ANGLES} if self.r_k else set())
+        return [w for w in range(WARPS) if w in others or self.brings_values(w) or self.brings_keys(w)]
 
     @property
     def page_slots(self) -> int:
@@ -142,9 +156,9 @@ def scratch(s: Shapes, dtype) -> dict:
         "q_read": plgpu.Barrier(num_arrivals=s.compute),
         "handed_over": plgpu.Barrier(),
         "result_gone": plgpu.Barrier(),
-        "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block + bool(s.r_k), num_barriers=s.ready),
+        "kv_ready": plgpu.Barrier(num_arrivals=s.pages_per_block + len(s.block_warps) - 1, num_barriers=s.ready),
         "read": plgpu.Barrier(num_barriers=s.stages),
-        "asked_for": plgpu.Barrier(),
+        "asked_for": plgpu.Barrier(num_barriers=WARPS),
     }
     if s.one_item or s.one_at_a_time:  # the queries are done with when the result is there
         buffers["queries_or_result"] = plgpu.RefUnion(q_smem, o_smem)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, NamedSharding, SingleDeviceSharding
 
+from lragent_jax.exported_programs import exporting
 from lragent_jax.flat_tree import FlatTree
 from lragent_jax.models.tensor_parallel import WHOLE, is_sharded, num_shards
 from lragent_jax.packed_tree import PackedTree
@@ -53,14 +54,14 @@ class DeviceJit:
     function gets its tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many
     times in a call, as a step of decoding is; elsewhere, bringing it up to date costs more than it spares.
 
-    No function that is itself jitted may call it: JAX takes compiler options at the top alone.
+    A program that `exported_programs` keeps is not traced. No function that is itself jitted may call it: JAX takes compiler options at the top alone.
     """
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):
         functools.update_wrapper(self, function)
         stay = {*resident, *_names(jit_options.get("static_argnames")), *_names(jit_options.get("donate_argnames"))}
         self._stays = [name in stay for name in inspect.signature(function).parameters]
-        self._function, self._jit_options = _given_trees(function), jit_options
+        self._function, self._jit_options = exporting(_given_trees(function)), jit_options
         self._cuda_graphs = cuda_graphs
         self._current: tuple[Mapping[str, str], dict[tuple[AbstractDevice, bool], Any]] = ({}, {})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
 from lragent_jax.models.config import LlamaConfig
 from lragent_jax.models.errors import InputError
@@ -52,6 +52,17 @@ class Devices:
         if self.mesh is None:
             return params
         return jax.device_put(params, param_shardings(config, params, self.mesh))
+
+    def home(self, params: Params) -> Sharding | None:
+        """The one device that the weights lie on, for what programs change to lie there from the start.
+
+        Of arrays that were put on a device JAX makes another program than of those that happen to be on it, and what
+        comes out of an exported program counts as put there. None on a mesh, and where the weights are not on a device.
+        """
+        if self.mesh is not None:
+            return None
+        place = getattr(jax.tree.leaves(params)[0], "sharding", None)
+        return place if isinstance(place, SingleDeviceSharding) else None
 
 
 def machine_bytes() -> int | None:

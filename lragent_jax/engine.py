@@ -72,6 +72,7 @@ class Engine:
         chosen = layers_to_recompute(self.options.recompute_layers, config.num_layers)
         dtype = jax.tree.leaves(params)[0].dtype
         self._devices = Devices.of(self.options.tensor_parallel)
+        home = self._devices.home(params)
         self._registry = AdapterRegistry(
             config, dtype, adapters, max_adapters=self.options.max_adapters, max_rank=self.options.max_rank,
             mesh=self._devices.mesh,
@@ -88,6 +89,7 @@ class Engine:
             recomputed_layers=chosen if self._sharing.recomputes else (),
             num_recomputed_pages=self._num_recomputed_pages(),
             mesh=self._devices.mesh,
+            home=home,
         )
         prefill_batch_size = self.options.prefill_batch_size or batch_size(self.options.max_batch_size)
         self._executor = Executor(
@@ -105,6 +107,7 @@ class Engine:
             prefill_batch_size=prefill_batch_size,
             implementation=self.options.implementation,
             prefix_cache=self.options.prefix_cache,
+            home=home,
         )
         self._trajectories = LiveTrajectories()
         self._cache.holders = self._trajectories

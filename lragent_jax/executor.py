@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from lragent_jax import generation
 from lragent_jax.adapter_registry import BASE_MODEL_ROW, AdapterRegistry, LoadedAdapter
@@ -106,7 +107,7 @@ class Executor:
     `prefill_buckets` and `table_widths` are the sizes that programs are compiled for; every batch is padded up to
     them and to a power of two. It has `max_batch_size` rows at most, in decoding `min_batch_size` at least, in prefill
     `prefill_batch_size` rows and `token_budget` tokens. So their number is bounded and nothing compiles after a
-    `Warmup`.
+    `Warmup`. `home`: see `Devices.home`.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Executor:
         prefill_batch_size: int,
         implementation: str | None,
         prefix_cache: bool,
+        home: Sharding | None = None,
     ):
         self.graphdef, self.params = graphdef, params
         self._flat_params = FlatTree(params)
@@ -134,12 +136,12 @@ class Executor:
         self.decode_block, self.implementation = decode_block, implementation
         self.max_batch_size, self.min_batch_size = max_batch_size, min_batch_size
         self.token_budget, self.prefill_batch_size = token_budget, prefill_batch_size
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.home = prefix_cache, home
         self.forget_slots()
 
     def forget_slots(self) -> None:
         """Nobody stands anywhere."""
-        self.slots = Slots.empty(self.max_batch_size)
+        self.slots = jax.device_put(Slots.empty(self.max_batch_size), self.home)
 
     def open_row(self, trajectory: Trajectory, adapter: LoadedAdapter) -> Row:
         """The row, with every page that its runs lack and somebody else has written for the same tokens.

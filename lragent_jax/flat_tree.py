@@ -19,6 +19,9 @@ class _Structure:
     def __hash__(self) -> int:
         return hash(self.treedef)
 
+    def __repr__(self) -> str:
+        return repr(self.treedef)
+
 
 @jax.tree_util.register_pytree_node_class
 class FlatTree:

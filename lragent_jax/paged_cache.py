@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lragent_jax.adapter_use import AdapterUse
 from lragent_jax.device_jit import this_device
@@ -88,7 +88,8 @@ class PagedCache:
 
     `recomputed_layers` have base pages of their own, `num_recomputed_pages` of them. `low_rank_ranks` gives r for the
     cached targets ("v", "k") that have a low-rank cache at all. On a `mesh` every device has the base pages of its kv
-    heads, and all low-rank pages. Whoever allocates, releases or runs a program on the arrays holds `lock`.
+    heads, and all low-rank pages; without one they lie on `home` (see `Devices.home`). Whoever allocates, releases or
+    runs a program on the arrays holds `lock`.
 
     `holders` are the trajectories that are open, and `use` knows which adapters are in demand: what eviction looks at.
     `release_abandoned` returns the pages of those that were dropped, which nobody holds; False if there are none.
@@ -106,10 +107,11 @@ class PagedCache:
         recomputed_layers: Sequence[int] = (),
         num_recomputed_pages: int = 0,
         mesh: Mesh | None = None,
+        home: Sharding | None = None,
     ):
         self.config, self.dtype, self.page_size = config, jnp.dtype(dtype), page_size
         self.low_rank_ranks, self.recomputed_layers = dict(low_rank_ranks), tuple(recomputed_layers)
-        self.lock, self._mesh = FairLock(), mesh
+        self.lock, self._mesh, self._home = FairLock(), mesh, home
         sizes: dict[PoolName, int] = {
             "base": num_pages,
             "recomputed": num_recomputed_pages if recomputed_layers else 0,
@@ -339,7 +341,7 @@ class PagedCache:
 
     def _zeros(self, num_layers: int, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[jax.Array, ...]:
         """One pool per layer, each device with its part of it."""
-        place = None if self._mesh is None else NamedSharding(self._mesh, spec)
+        place = self._home if self._mesh is None else NamedSharding(self._mesh, spec)
         return tuple(jnp.zeros(shape, self.dtype, device=place) for _ in range(num_layers))
 
     def _copy(self, name: PoolName, copies: Sequence[PageCopy]) -> None:

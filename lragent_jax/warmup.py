@@ -145,14 +145,16 @@ class Warmup:
         return generation.decode.lower(*args, **options)
 
     def _lower_begin(self, batch: int, draws: bool) -> jax.stages.Lowered:
-        logits = jax.ShapeDtypeStruct((batch, self._executor.cache.config.vocab_size), np.float32)
+        shape = batch, self._executor.cache.config.vocab_size
+        logits = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._executor.home)
         zeros = np.zeros(batch, np.int32)
         sampling = _blank_sampling(batch)
         return generation.begin.lower(self._executor.slots, logits, sampling, zeros, zeros, zeros, draws=draws)
 
     def _lower_unembed(self, num_tokens: int) -> jax.stages.Lowered:
         executor = self._executor
-        hidden = jax.ShapeDtypeStruct((1, num_tokens, executor.cache.config.width), executor.cache.dtype)
+        shape = 1, num_tokens, executor.cache.config.width
+        hidden = jax.ShapeDtypeStruct(shape, executor.cache.dtype, sharding=executor.home)
         return generation.unembed.lower(*executor.unembed_arguments(hidden))
 
     def _run_prefill(self, prefill: Prefill) -> None:

@@ -15,7 +15,7 @@ class HashedGraph(nnx.GraphDef):
     Flax's walks all layers whenever it is asked, in Python, and every call of a compiled program asks.
     """
 
-    hashed: int
+    hashed: int = dataclasses.field(repr=False)  # another number in every process
 
     @classmethod
     def of(cls, graphdef: nnx.GraphDef) -> "HashedGraph":

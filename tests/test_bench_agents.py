@@ -156,7 +156,7 @@ def test_the_peer_says_what_it_lacks(run, monkeypatch, capsys):
     assert found == {"peers": absent, "targets": []}
 
 
-def test_a_second_process_compiles_nothing(run, monkeypatch):
+def test_a_second_process_traces_and_compiles_nothing(run, monkeypatch):
     toy = "--preset tiny --layers 1 --dtype float32 --pages 8 --prefill-buckets 16 --no-scoring"
     found = measure_ready(toy.split())
     for figures in found.values():
@@ -167,6 +167,9 @@ def test_a_second_process_compiles_nothing(run, monkeypatch):
     cold, warm = found["cold"], found["warm"]
     assert cold["num_compiled"] >= 3
     assert warm["num_compiled"] == 0
+    # A chunk, decoding, and first tokens, which a request asks for with one of the two programs that there are.
+    assert cold["num_exported"] == 0
+    assert warm["num_exported"] >= 4
     assert warm["num_fetched"] == cold["num_compiled"] + cold["num_fetched"]
     monkeypatch.setattr(bench_agents, "measure_ready", lambda arguments: found)
     shown, _ = run("--ready")

@@ -2,8 +2,8 @@
 
 A program of its own, that starts as a user's does: `python -m lragent_jax.measure.ready`. Options of the engine are
 the default ones but for the size of its pools. The last line of standard output is one line of JSON: seconds by phase,
-`ready_s` from the start of the process to the end of warm-up, the programs that warm-up built, and of all programs of
-the process, helpers included, how many were compiled and how many fetched from the cache on disk.
+`ready_s` from the start of the process to the end of warm-up, the programs that warm-up built, how many of those were
+found traced on disk, and of all programs of the process, helpers included, how many were compiled and how many fetched.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import jax
 from jax import monitoring
 
-from lragent_jax import compilation_cache
+from lragent_jax import compilation_cache, exported_programs
 from lragent_jax.measure.bench_model import BenchModel
 from lragent_jax.measure.bench_results import Results
 from lragent_jax.measure.bench_setting import say
@@ -84,9 +84,11 @@ def main() -> None:
     ready = time.time() - started
     phases |= {"lower_s": warmup.lower_s, "compile_s": warmup.compile_s, "run_s": warmup.run_s}
     output = engine.generate(random_ids(engine, 100), model.agents[0], exactly(8))
+    exported = exported_programs.kept()
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cores": os.cpu_count()}
     sizes = {
         "mode": arguments.mode, "max_batch_size": arguments.max_batch_size, "num_programs": warmup.num_programs,
+        "num_exported": exported.num_read if exported else 0,
         "num_compiled": events["/jax/compilation_cache/cache_misses"],
         "num_fetched": events["/jax/compilation_cache/cache_hits"],
     }  # fmt: skip

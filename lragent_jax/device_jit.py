@@ -54,7 +54,8 @@ class DeviceJit:
     function gets its tree. `cuda_graphs`: whether a GPU launches it as graphs. That pays where one is launched many
     times in a call, as a step of decoding is; elsewhere, bringing it up to date costs more than it spares.
 
-    A program that `exported_programs` keeps is not traced. No function that is itself jitted may call it: JAX takes compiler options at the top alone.
+    A program that `exported_programs` keeps is not traced. No function that is itself jitted may call it: JAX takes
+    compiler options at the top alone.
     """
 
     def __init__(self, function: Callable, *, resident: Sequence[str] = (), cuda_graphs: bool = False, **jit_options):

@@ -28,7 +28,6 @@ import numpy as np
 from jax import export
 
 from lragent_jax.kernels.interpret import is_interpreted
-from lragent_jax.models.tensor_parallel import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +160,10 @@ class ExportedPrograms:
 _kept: ExportedPrograms | None = None
 
 
-def keep_in(folder: Path | None) -> ExportedPrograms | None:
-    """From now on programs are looked for, and left, in this folder; None: nowhere. Returns what was asked before."""
+def keep_in(folder: Path | None) -> None:
+    """From now on programs are looked for, and left, in this folder; None: nowhere."""
     global _kept
-    before, _kept = _kept, None if folder is None else ExportedPrograms(folder)
-    return before
+    _kept = None if folder is None else ExportedPrograms(folder)
 
 
 def kept() -> ExportedPrograms | None:
@@ -177,7 +175,8 @@ def kept() -> ExportedPrograms | None:
 def kept_in(folder: Path | None) -> Iterator[ExportedPrograms | None]:
     """The same, meanwhile."""
     global _kept
-    before = keep_in(folder)
+    before = _kept
+    keep_in(folder)
     try:
         yield _kept
     finally:
@@ -187,22 +186,23 @@ def kept_in(folder: Path | None) -> Iterator[ExportedPrograms | None]:
 def exporting(function: Callable) -> Callable:
     """`function` as `jax.jit` may trace it: where programs are kept, the one that is kept takes its place.
 
-    Not on several devices, where a program belongs to how they are laid out, and not in interpreted kernels.
+    Not on a mesh, where a program belongs to how its devices are laid out, and not in interpreted kernels.
     """
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
         programs = kept()
-        if programs is None or is_sharded() or is_interpreted() or not _is_default_device():
+        if programs is None or is_interpreted() or not _on_default_device():
             return function(*args, **kwargs)
         return programs.call(function, args, kwargs)
 
     return traced
 
 
-def _is_default_device() -> bool:
-    """Whether it is compiled for what JAX exports for unless it is told."""
-    return jax.config.jax_default_device is None  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+def _on_default_device() -> bool:
+    """Whether it is compiled for what JAX exports for unless it is told: one device of the kind it takes first."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+    return chosen is None and jax.sharding.get_abstract_mesh().empty
 
 
 def _halves(content: bytes) -> tuple[bytes, bytes]:

@@ -66,9 +66,9 @@ class ExportedPrograms:
         A function that cannot be exported is called.
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
         arrays = [leaves[i] for i in places]
-        constants = [None if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
+        constants = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
         path = self._path(function, structure, constants, arrays)
         if path is None:
             return function(*args, **kwargs)
@@ -133,12 +133,13 @@ class ExportedPrograms:
             return leaves
 
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNEL_CALLS]
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in map(jax.typeof, arrays)]
+        avals = map(jax.typeof, arrays)
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type) for aval in avals]
         try:
             serialized = export.export(jax.jit(flat), disabled_checks=checks)(*shapes).serialize()
             modules = sorted(name for name in sys.modules if name.startswith(KERNELS))
             content = pickle.dumps((returns[0], modules, bytes(serialized)))
-        except (ValueError, NotImplementedError, TypeError, AttributeError, pickle.PicklingError) as error:
+        except Exception as error:  # of any kind: what is wrong with the function itself, a call will say
             logger.info("%s is not kept: %s", path.name, error)
             return None
         self._write(path, hashlib.sha256(content).digest() + content)

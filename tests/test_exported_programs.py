@@ -133,6 +133,16 @@ def test_the_engine_of_another_model_does_not_find_it():
     assert len(described) == 2
 
 
+def test_a_number_without_a_dtype_takes_the_others(folder):
+    for _ in range(2):
+        scaled = DeviceJit(lambda x, y: x * y)
+        assert scaled(2.0, jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+        assert scaled(jnp.float32(2.0), jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
+    programs = exported_programs.kept()
+    assert programs is not None
+    assert programs.num_read == 2
+
+
 def test_donated_arguments_are_taken(folder, traces):
     for _ in range(2):
         x, tree = arguments()

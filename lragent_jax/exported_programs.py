@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -21,10 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax
 import jax
-import jaxlib
-import numpy as np
 from jax import export
 
 from lragent_jax.kernels.interpret import is_interpreted
@@ -35,6 +33,8 @@ KERNEL_CALLS = ("mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton_k
 """How lowered programs name Pallas' kernels. Other versions need not understand them: those look elsewhere."""
 
 KERNELS = "lragent_jax.kernels."
+
+BUILT_ON = ("jax", "jaxlib", "flax", "numpy")
 
 KEPT_DAYS = 30
 """For so long programs of other code or another device lie unused before they are deleted."""
@@ -223,7 +223,7 @@ def _environment_digest() -> str:
     """Of all that tracing depends on and that stays while a process runs."""
     device = jax.devices()[0]
     about = {
-        "versions": [module.__version__ for module in (jax, jaxlib, flax, np)] + [platform.python_version()],
+        "versions": [importlib.metadata.version(name) for name in BUILT_ON] + [platform.python_version()],
         "device": (device.platform, device.device_kind, device.client.platform_version, platform.machine()),
         "flags": [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
     }
